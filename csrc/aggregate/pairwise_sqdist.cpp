@@ -1,0 +1,35 @@
+// pairwise_sqdist: D_ij = sum_k (g_ik - g_jk)^2, rows (p, d) -> (p, p) float64; loops in pairs.h.
+#include "aggregate/pairs.h"
+#include "aggregate/pairs_cuda.h"
+#include "common/bind.h"
+
+namespace dashpot::aggregate {
+namespace {
+
+Tensor pairwise_sqdist_forward(const std::vector<Tensor>& grads, const std::optional<Tensor>& mask,
+                               int64_t p) {
+  return pairs_forward<SquaredDifference>(grads, mask, p, false);
+}
+
+#ifdef DASHPOT_CUDA
+Tensor pairwise_sqdist_forward_cuda(const std::vector<Tensor>& grads,
+                                    const std::optional<Tensor>& mask, int64_t p) {
+  return pairs_forward_cuda(grads, mask, p, PairSum::kSquaredDifference, false);
+}
+
+std::optional<std::string> pairwise_sqdist_supports_cuda(const py::args& args) {
+  return too_many_workers(py::cast<int64_t>(args[2]));
+}
+#endif
+
+}  // namespace
+
+DASHPOT_BIND(m) {
+  m.def("pairwise_sqdist_forward", &pairwise_sqdist_forward);
+#ifdef DASHPOT_CUDA
+  m.def("pairwise_sqdist_forward_cuda", &pairwise_sqdist_forward_cuda);
+  m.def("pairwise_sqdist_supports_cuda", &pairwise_sqdist_supports_cuda);
+#endif
+}
+
+}  // namespace dashpot::aggregate

@@ -1,0 +1,648 @@
+"""The one dispatcher: from a public function to the kernel that serves the call.
+
+An op is declared once, in its family's file (`declare`), a function made of ops with `chain`.
+A backend is a module that holds functions named `<op>_forward`, `<op>_backward` and
+`<op>_supports`; a kernel exists when the function with its name exists. A call travels
+
+    eager      Op.__call__ -> the backend's function (through one autograd.Function for a gradient)
+    compiled   Op.__call__ -> torch.ops.dashpot.<op>_forward, one node in the graph
+    torch.func, forward-mode AD -> the reference, which is pure PyTorch and open to both
+
+The choice is made before the call, from device, dtype and `<op>_supports`; what a kernel raises
+after it was chosen is an error, never a reason to try the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+REGISTRY: dict[str, Op | Chain] = {}
+
+_LIBRARY = torch.library.Library("dashpot", "FRAGMENT")
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+# Looked up once: each of these is asked on every call.
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+# --------------------------------------------------------------------------------------------
+# Backends
+
+
+@dataclass
+class Backend:
+    """A module of kernels: where it is found, what its functions' names end in, what it takes."""
+
+    name: str
+    module: Callable[[str], ModuleType]  # family -> module; ImportError says why there is none
+    devices: tuple[str, ...]
+    suffix: str = ""
+    dtypes: frozenset[torch.dtype] = _FLOATS
+
+
+def _compiled(_family: str) -> ModuleType:
+    return importlib.import_module("dashpot._C")
+
+
+def _triton(family: str) -> ModuleType:
+    return importlib.import_module(f"dashpot.triton_kernels.{family}")
+
+
+def _triton_devices() -> tuple[str, ...]:
+    """Triton's interpreter (TRITON_INTERPRET=1) runs the kernels on CPU tensors."""
+    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+BACKENDS = {
+    "cpp": Backend("cpp", _compiled, ("cpu",)),
+    "triton": Backend("triton", _triton, _triton_devices(), dtypes=_FLOATS - {torch.float64}),
+    "cuda": Backend("cuda", _compiled, ("cuda",), suffix="_cuda"),
+}
+ORDER = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # then the reference, always
+
+
+@dataclass(slots=True)
+class Kernel:
+    """One op on one backend."""
+
+    name: str
+    forward: Callable
+    backward: Callable | None
+    supports: Callable | None
+    devices: tuple[str, ...]
+    dtypes: frozenset[torch.dtype]
+
+    def declines(self, first: torch.Tensor, args: Sequence) -> str | None:
+        """Why this kernel cannot take the call, or None. `first`: the call's first tensor."""
+        if first.device.type not in self.devices:
+            return f"needs a tensor on {' or '.join(self.devices)}, got {first.device.type}"
+        if first.dtype not in self.dtypes:
+            return f"has no kernel for {first.dtype}"
+        return self.supports(*args) if self.supports is not None else None
+
+
+def _split(names: str | None) -> tuple[str, ...] | None:
+    if not names:
+        return None
+    chosen = tuple(name.strip() for name in names.split(","))
+    for name in chosen:
+        if name not in BACKENDS and name != "reference":
+            known = ", ".join((*BACKENDS, "reference"))
+            raise ValueError(f"backend: expected one of {known}, got {name!r}")
+    return chosen
+
+
+_forced: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "dashpot_backend", default=_split(os.environ.get("DASHPOT_BACKEND"))
+)
+
+
+@contextlib.contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """Choose the backend by hand: `with dashpot.backend("reference"): ...`.
+
+    name: "cpp", "cuda", "triton", "reference"; several, separated by commas, are tried in that
+    order; None gives the choice back to the dispatcher. A call that none of them can take raises
+    RuntimeError with each one's reason. The environment variable DASHPOT_BACKEND, read once at
+    import, sets the same for the whole process.
+    """
+    token = _forced.set(_split(name))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+# --------------------------------------------------------------------------------------------
+# One op
+
+
+@dataclass
+class _Plan:
+    """Where each argument of `<op>_backward` comes from; read off the two schemas' names."""
+
+    takes: list[tuple[str, int]] = field(default_factory=list)  # ("grad"|"arg"|"out"|"needs", i)
+    gives: list[int] = field(default_factory=list)  # which forward argument each gradient is of
+    residual_free: bool = True  # uses no forward output, so its formula can be differentiated
+
+
+class Op:
+    """A declared op; see `declare`. Call it with every argument of its schema, in order."""
+
+    def __init__(self, name, forward, reference, inputs, floor, sizes, *, backward,
+                 reference_backward, fake, public, prefer):  # fmt: skip
+        self.name, self.reference, self.reference_backward = name, reference, reference_backward
+        self.inputs, self.floor, self.sizes, self.prefer = inputs, floor, sizes, prefer
+        self.family = reference.__module__.rsplit(".", 1)[-1]
+        self._kernels: dict[str, tuple[Kernel, ...]] = {}
+        self._reference = Kernel("reference", self._run_reference, None, None, (), frozenset())
+
+        self.forward_op = self._define("forward", forward, self._run, fake or reference)
+        schema = self.forward_op._schema
+        self.arguments = [argument.name for argument in schema.arguments]
+        kinds = [str(argument.type) for argument in schema.arguments]
+        self._lists = frozenset(i for i, kind in enumerate(kinds) if kind == "List[Tensor]")
+        self._slots = tuple(i for i, kind in enumerate(kinds) if "Tensor" in kind)
+        self._returns = [output.name for output in schema.returns]
+        self.outputs = len(self._returns) if public is None else public
+        self._sliced = self.outputs < len(self._returns)
+        self._plan = None
+        if backward is not None:
+            self.backward_op = self._define(
+                "backward", backward, self._run_backward, self._filled(reference_backward)
+            )
+            self._plan = self._match(self.backward_op._schema)
+            torch.library.register_autograd(
+                self.forward_op, self._registered_backward,
+                setup_context=self._registered_context, lib=_LIBRARY,
+            )  # fmt: skip
+
+    @property
+    def differentiable(self) -> bool:
+        return self._plan is not None
+
+    # ---- the call
+
+    def __call__(self, *args):
+        if _is_compiling():
+            return self._public(self.forward_op(*args))
+        wants_grad = False
+        tensors = self._flatten(args)
+        for tensor in tensors:
+            if type(tensor) not in _PLAIN:
+                return self._public(self.forward_op(*args))
+            if tensor.requires_grad:
+                wants_grad = True
+        if _transforms_active() or forward_ad._current_level >= 0:
+            return self._public(self._transformed(args))
+        if _dispatch_modes():
+            return self._public(self.forward_op(*args))
+        kernel = self._choose(tensors[0], args)
+        if wants_grad and _is_grad_enabled():
+            if self._plan is None:
+                with torch.no_grad():
+                    out = kernel.forward(*args)
+            elif kernel is self._reference:
+                out = kernel.forward(*args)
+            else:
+                out = _Differentiable.apply(self, kernel, args, *tensors)
+                if self.outputs == 1 and not self._returns_list:
+                    return out[0]
+                return list(out) if self._returns_list else out
+        else:
+            out = kernel.forward(*args)
+        return self._public(out) if self._sliced else out
+
+    def into(self, out: list[torch.Tensor], *args) -> None:
+        """Write the public outputs into `out`, as torch's `out=`: no gradient flows."""
+        if _is_grad_enabled() and any(t.requires_grad for t in (*self._flatten(args), *out)):
+            raise RuntimeError(f"{self.name}: out= does not support gradients; use torch.no_grad()")
+        first = self._flatten(args)[0]
+        kernel = None if _is_compiling() else self._choose(first, args)
+        if kernel is not None and kernel is not self._reference:
+            kernel.forward(*args, out)
+            return
+        result = self(*args)
+        for target, value in zip(out, result if self._returns_list else [result], strict=True):
+            target.copy_(value)
+
+    @functools.cached_property
+    def _returns_list(self) -> bool:
+        return str(self.forward_op._schema.returns[0].type) == "List[Tensor]"
+
+    def _public(self, out):
+        if self.outputs == len(self._returns):
+            return out
+        return out[0] if self.outputs == 1 else out[: self.outputs]
+
+    def _flatten(self, args: Sequence) -> list[torch.Tensor]:
+        tensors = []
+        for i in self._slots:
+            if i in self._lists:
+                tensors += args[i]
+            elif args[i] is not None:
+                tensors.append(args[i])
+        return tensors
+
+    def _run_reference(self, *args):
+        """The reference as a kernel: autocast must not lower its matrix products."""
+        with _no_autocast(self._flatten(args)[0].device.type):
+            return self.reference(*args)
+
+    def _transformed(self, args):
+        forced = _forced.get()
+        if type(forced) is tuple and "reference" not in forced:
+            raise RuntimeError(
+                f"{self.name}: under torch.func or forward-mode AD only the reference can run, "
+                f"but backend {', '.join(forced)} was asked for"
+            )
+        if isinstance(forced, _Trace):
+            forced.record(self, args, "reference", "a torch.func transform or forward-mode AD")
+        return self._run_reference(*args)
+
+    # ---- the choice
+
+    def kernel(self, name: str) -> Kernel | str:
+        """This op's kernel on a backend, or one sentence that says why there is none."""
+        if name == "reference":
+            return self._reference
+        where = BACKENDS[name]
+        try:
+            module = where.module(self.family)
+        except ImportError as error:
+            return f"not built: {error}"
+        functions = [
+            getattr(module, f"{self.name}_{part}{where.suffix}", None)
+            for part in ("forward", "backward", "supports")
+        ]
+        if functions[0] is None:
+            return f"not built: no {self.name}_forward{where.suffix} in {module.__name__}"
+        return Kernel(name, *functions, where.devices, where.dtypes)
+
+    def kernels(self, device: str) -> tuple[Kernel, ...]:
+        """The kernels that may serve a device, best first, without the reference."""
+        if device not in self._kernels:
+            order = ORDER.get(device, ())
+            if self.prefer in order:
+                order = (self.prefer, *(name for name in order if name != self.prefer))
+            found = [self.kernel(name) for name in order]
+            self._kernels[device] = tuple(one for one in found if isinstance(one, Kernel))
+        return self._kernels[device]
+
+    def _choose(self, first: torch.Tensor, args: Sequence) -> Kernel:
+        forced = _forced.get()
+        if forced is not None:
+            return self._choose_forced(forced, first, args)
+        found = self._kernels.get("cpu" if first.is_cpu else first.device.type)
+        if found is None:
+            found = self.kernels(first.device.type)
+        for kernel in found:
+            if first.dtype in kernel.dtypes and (
+                kernel.supports is None or kernel.supports(*args) is None
+            ):
+                return kernel
+        return self._reference
+
+    def _choose_forced(self, forced, first, args) -> Kernel:
+        if isinstance(forced, _Trace):
+            return forced.choose(self, first, args)
+        reasons = []
+        for name in forced:
+            reason = self.reason(name, first, args)
+            if reason is None:
+                return self.kernel(name)
+            reasons.append(f"{name}: {reason}")
+        raise RuntimeError(
+            f"{self.name} cannot run on the backend asked for. " + "; ".join(reasons)
+        )
+
+    def reason(self, name: str, first: torch.Tensor, args: Sequence) -> str | None:
+        """Why a backend cannot take this call; None if it can."""
+        kernel = self.kernel(name)
+        if isinstance(kernel, str) or name == "reference":
+            return kernel if isinstance(kernel, str) else None
+        return kernel.declines(first, args)
+
+    # ---- the gradient
+
+    def _match(self, schema) -> _Plan:
+        plan = _Plan()
+        for argument in schema.arguments:
+            name = argument.name
+            if name == "needs_grad":
+                plan.takes.append(("needs", 0))
+            elif name in self.arguments:
+                plan.takes.append(("arg", self.arguments.index(name)))
+            elif name in self._returns:
+                plan.takes.append(("out", self._returns.index(name)))
+                plan.residual_free = False
+            else:
+                plan.takes.append(("grad", self._returns.index(name.removeprefix("grad_"))))
+        plan.gives = [
+            self.arguments.index(out.name.removeprefix("grad_")) for out in schema.returns
+        ]
+        return plan
+
+    def _save(self, ctx, args: Sequence, outs: Sequence) -> None:
+        """Keep what `<op>_backward` names: tensors where hooks see them, options beside."""
+        saved, layout = [], []
+        for kind, i in self._plan.takes:
+            value = args[i] if kind == "arg" else outs[i] if kind == "out" else None
+            if isinstance(value, torch.Tensor):
+                saved.append(value)
+                layout.append(None)
+            elif isinstance(value, list | tuple) and value and isinstance(value[0], torch.Tensor):
+                saved += value
+                layout.append(len(value))
+            else:
+                layout.append((value,))
+        ctx.save_for_backward(*saved)
+        ctx.layout = layout
+
+    def _backward_args(self, ctx, grads: Sequence, needs: list[bool]) -> list:
+        saved, args = iter(ctx.saved_tensors), []
+        for (kind, i), how in zip(self._plan.takes, ctx.layout, strict=True):
+            if kind == "grad":
+                args.append(grads[i])
+            elif kind == "needs":
+                args.append(needs)
+            elif how is None:
+                args.append(next(saved))
+            else:
+                args.append([next(saved) for _ in range(how)] if isinstance(how, int) else how[0])
+        return args
+
+    def _filled(self, function: Callable) -> Callable:
+        """A backward whose gradients left out (None) become empty: a schema has no None."""
+
+        def run(*args):
+            empty = args[0][0] if isinstance(args[0], list | tuple) else args[0]
+            grads = function(*args)
+            grads = grads if isinstance(grads, tuple) else (grads,)
+            kinds = [str(output.type) for output in self.backward_op._schema.returns]
+            filled = tuple(
+                grad if grad is not None else [] if kind == "List[Tensor]" else empty.new_empty(0)
+                for grad, kind in zip(grads, kinds, strict=True)
+            )
+            return filled if len(filled) > 1 else filled[0]
+
+        return run
+
+    # ---- the registered ops
+
+    def _define(self, part: str, schema: str, run: Callable, fake: Callable):
+        name = f"{self.name}_{part}"
+        _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"dashpot::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.dashpot, name).default
+
+    def _run(self, *args):
+        with torch.no_grad():
+            return self._choose(self._flatten(args)[0], args).forward(*args)
+
+    def _run_backward(self, *args):
+        first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
+        kernels = self.kernels(first.device.type) if _forced.get() is None else ()
+        run = next((kernel.backward for kernel in kernels if kernel.backward is not None), None)
+        with _no_autocast(first.device.type):
+            return self._filled(run or self.reference_backward)(*args)
+
+    def _registered_context(self, ctx, inputs, output):
+        self._save(ctx, inputs, output if isinstance(output, tuple) else (output,))
+        ctx.count = len(inputs)
+
+    def _registered_backward(self, ctx, *grads):
+        needs = [_any(ctx.needs_input_grad[i]) for i in self._slots]
+        out = self.backward_op(*self._backward_args(ctx, grads, needs))
+        result = [None] * ctx.count
+        for i, grad in zip(
+            self._plan.gives, out if isinstance(out, tuple) else (out,), strict=True
+        ):
+            if needs[self._slots.index(i)]:
+                result[i] = grad
+        return tuple(result)
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Autocast off; a device that has no autocast ("meta") must not be asked."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _any(needs) -> bool:
+    return any(needs) if isinstance(needs, list | tuple) else bool(needs)
+
+
+class _Differentiable(torch.autograd.Function):
+    """The one autograd.Function of the library, around any op's kernel."""
+
+    @staticmethod
+    def forward(ctx, op: Op, kernel: Kernel, args: tuple, *tensors):
+        out = kernel.forward(*args)
+        if op._returns_list:
+            op._save(ctx, args, (out,))
+            public = tuple(out)
+        else:
+            outs = out if isinstance(out, tuple) else (out,)
+            op._save(ctx, args, outs)
+            public = outs[: op.outputs]
+        ctx.op, ctx.kernel = op, kernel
+        ctx.counts = [
+            len(args[i]) if i in op._lists else int(args[i] is not None) for i in op._slots
+        ]
+        return public
+
+    @staticmethod
+    def backward(ctx, *grads):
+        op, kernel = ctx.op, ctx.kernel
+        run = kernel.backward or op.reference_backward
+        if _is_grad_enabled():  # create_graph=True
+            if not op._plan.residual_free:
+                raise RuntimeError(
+                    f"{op.name} has no second derivative on backend {kernel.name!r}; "
+                    'use `with dashpot.backend("reference")` for the forward'
+                )
+            run = op.reference_backward
+        needs, start = [], 3
+        for count in ctx.counts:
+            needs.append(any(ctx.needs_input_grad[start : start + count]))
+            start += count
+        args = op._backward_args(ctx, [list(grads)] if op._returns_list else grads, needs)
+        with _no_autocast(grads[0].device.type):
+            out = run(*args)
+        by_argument = dict(
+            zip(op._plan.gives, out if isinstance(out, tuple) else (out,), strict=True)
+        )
+        result = [None, None, None]
+        for i, count, need in zip(op._slots, ctx.counts, needs, strict=True):
+            grad = by_argument.get(i) if need else None
+            result += list(grad) if grad is not None and i in op._lists else [grad] * count
+        return tuple(result)
+
+
+def declare(name: str, *, forward: str, reference: Callable, inputs: Callable, floor: Callable,
+            sizes: dict[str, list[tuple]], backward: str | None = None,
+            reference_backward: Callable | None = None, fake: Callable | None = None,
+            public: int | None = None, prefer: str | None = None) -> Op:  # fmt: skip
+    """Declare an op; see CONTRIBUTING.md, "Add an op".
+
+    forward, backward: torch schemas without the op's name. The names carry the meaning: an
+        argument of `backward` called like a forward argument or output is that value, saved;
+        `grad_<output>` is the incoming gradient; `needs_grad` (bool[]) says which tensor
+        arguments want one; a return `grad_<argument>` is that argument's gradient.
+    reference: pure PyTorch, any device and dtype, no host synchronisation: it is the fallback,
+        the truth of every test, and the shape rule of torch.compile.
+    reference_backward: the gradient's formula in PyTorch, for backends without their own.
+    inputs: (size, dtype, device, seed) -> the op's arguments, valid and non-trivial.
+    floor: (*args) -> (bytes, flops) that no implementation can avoid.
+    sizes: {"test": [...], "bench": [...]}, what `inputs` takes as size.
+    fake: the outputs' shapes alone, where the reference loops over sizes (which would bind a
+        compiled graph to one size); otherwise the reference itself serves.
+    public: how many of the outputs the caller gets; the others are residuals of the backward.
+    prefer: "cuda" where its kernel beats Triton's, with the benchmark named beside it.
+    """
+    op = Op(name, forward, reference, inputs, floor, sizes, backward=backward,
+            reference_backward=reference_backward, fake=fake, public=public, prefer=prefer)  # fmt: skip
+    REGISTRY[name] = op
+    return op
+
+
+@dataclass
+class Chain:
+    """A public function made of ops (`flag_aggregate` is three): no kernel of its own, but tested,
+    checked and timed as one. `inputs`, `floor`, `sizes` as in `declare`."""
+
+    name: str
+    function: Callable
+    ops: tuple[Op, ...]
+    inputs: Callable
+    floor: Callable
+    sizes: dict[str, list[tuple]]
+    differentiable: bool = True
+
+    def __post_init__(self):
+        self.family = self.function.__module__.rsplit(".", 1)[-1]
+
+    def __call__(self, *args):
+        return self.function(*args)
+
+
+def chain(name: str, function: Callable, ops: Sequence[Op], *, inputs: Callable, floor: Callable,
+          sizes: dict[str, list[tuple]], differentiable: bool = True) -> Chain:  # fmt: skip
+    REGISTRY[name] = Chain(name, function, tuple(ops), inputs, floor, sizes, differentiable)
+    return REGISTRY[name]
+
+
+# --------------------------------------------------------------------------------------------
+# Explanation
+
+
+@dataclass
+class _Trace:
+    """Stands where a forced backend stands, chooses as the dispatcher would, and writes it down."""
+
+    forced: tuple[str, ...] | None
+    lines: list[tuple[str, str, str]] = field(default_factory=list)  # op, backend, verdict
+
+    def record(self, op: Op, args: Sequence, chosen: str, why: str | None = None) -> None:
+        first = op._flatten(args)[0]
+        for name in (*BACKENDS, "reference"):
+            verdict = op.reason(name, first, args)
+            verdict = "can run" if verdict is None else verdict
+            if name == chosen:
+                verdict = f"chosen ({why})" if why else "chosen"
+            self.lines.append((op.name, name, verdict))
+
+    def choose(self, op: Op, first: torch.Tensor, args: Sequence) -> Kernel:
+        token = _forced.set(self.forced)
+        try:
+            kernel = op._choose(first, args)
+        finally:
+            _forced.reset(token)
+        self.record(op, args, kernel.name, "by hand" if self.forced else None)
+        return kernel
+
+
+@dataclass
+class Explanation:
+    """What `explain` found: rows of (op, backend, verdict)."""
+
+    rows: list[tuple[str, str, str]]
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """{op: the backend that served it}"""
+        return {op: name for op, name, verdict in self.rows if verdict.startswith("chosen")}
+
+    def __str__(self) -> str:
+        return "\n".join(f"{op:<18} {name:<10} {verdict}" for op, name, verdict in self.rows)
+
+    __repr__ = __str__
+
+
+def explain(function: Callable, *args, **kwargs) -> Explanation:
+    """Run `function(*args, **kwargs)` and say, for each op in it, what each backend answered.
+
+    >>> print(dashpot.explain(dashpot.gram, torch.randn(15, 1000)))  # doctest: +SKIP
+    """
+    trace = _Trace(_forced.get())
+    token = _forced.set(trace)
+    try:
+        function(*args, **kwargs)
+    finally:
+        _forced.reset(token)
+    return Explanation(trace.lines)
+
+
+# --------------------------------------------------------------------------------------------
+# Arrays
+
+
+def public(function: Callable) -> Callable:
+    """Mark a public function: arrays of other libraries (anything with `__dlpack__`: NumPy, CuPy,
+    JAX) become tensors without a copy, and its tensors go back as the caller's kind of array."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        if args and isinstance(args[0], torch.Tensor):  # the common case costs one check
+            return function(*args, **kwargs)
+        array = next((leaf for leaf in _leaves(args) if _is_array(leaf)), None)
+        if array is None:
+            return function(*args, **kwargs)
+        args, kwargs = _map(torch.from_dlpack, _is_array, (args, kwargs))
+        return _map(_from_dlpack_of(array), _is_tensor, function(*args, **kwargs))
+
+    return call
+
+
+def _is_tensor(value) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _is_array(value) -> bool:
+    return hasattr(type(value), "__dlpack__") and not isinstance(value, torch.Tensor)
+
+
+def _leaves(values) -> Iterator:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _leaves(value[:1])  # lists hold one kind: their first tells
+        else:
+            yield value
+
+
+def _map(function: Callable, test: Callable, value):
+    if test(value):
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(function, test, one) for one in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_map(function, test, one) for one in value)
+    if isinstance(value, dict):
+        return {key: _map(function, test, one) for key, one in value.items()}
+    return value
+
+
+def _from_dlpack_of(array) -> Callable:
+    """`from_dlpack` of the library that the array comes from."""
+    if hasattr(array, "__array_namespace__"):
+        return array.__array_namespace__().from_dlpack
+    return sys.modules[type(array).__module__.partition(".")[0]].from_dlpack

@@ -1,0 +1,125 @@
+"""Triton kernels of the family `aggregate`, for one tensor (p, d) of stacked rows.
+
+Lists of tensors go to the CUDA kernels, which take pointers by value.
+
+    gram     K = X X^T as tiles of a matrix product: p is padded to 16 or more, coordinates are the
+             inner dimension, 16-bit rows multiply exactly on tensor cores, float32 rows as three
+             TF32 products. A program sums its chunk in float32 over 2,048 coordinates and in
+             float64 from there; the chunks' matrices are added by one torch reduction, in order.
+    combine  u = c^T X, a row at a time in registers; chunks from the last to the first, because
+             gram read forwards and left the last ones in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_RUN = 2048  # coordinates summed in float32
+
+
+@triton.jit
+def _gram_forward_kernel(
+    x_ptr,  # (p, d)
+    mask_ptr,  # (p,) bool, read if HAS_MASK
+    partial_ptr,  # (programs, P, P) float64
+    p,
+    d,
+    chunk,  # coordinates of a program, a multiple of RUN
+    P: tl.constexpr,  # p padded to a power of two, at least 16
+    BLOCK: tl.constexpr,  # coordinates of one product
+    RUN: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, P)  # (P,)
+    live = row < p
+    if HAS_MASK:
+        live = live & (tl.load(mask_ptr + row, mask=live, other=0) != 0)
+    base = x_ptr + row.to(tl.int64)[:, None] * d  # (P, 1)
+    begin = program * chunk
+    end = tl.minimum(begin + chunk, d)
+    total = tl.zeros((P, P), tl.float64)
+    for run in range(begin, end, RUN):
+        part = tl.zeros((P, P), tl.float32)
+        for k in range(run, tl.minimum(run + RUN, end), BLOCK):
+            column = k + tl.arange(0, BLOCK)  # (BLOCK,)
+            x = tl.load(base + column[None, :], mask=live[:, None] & (column < end)[None, :], other=0.0)
+            part = tl.dot(x, tl.trans(x), part, input_precision="tf32x3")
+        total += part.to(tl.float64)
+    at = partial_ptr + program * P * P + row[:, None] * P + row[None, :]
+    tl.store(at, total)
+
+
+@triton.jit
+def _combine_forward_kernel(
+    x_ptr,  # (p, d)
+    coeffs_ptr,  # (p,) float64
+    out_ptr,  # (d,)
+    p,
+    d,
+    BLOCK: tl.constexpr,
+):
+    program = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
+    column = program * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
+    inside = column < d
+    total = tl.zeros((BLOCK,), tl.float32)
+    for i in range(p):
+        c = tl.load(coeffs_ptr + i).to(tl.float32) + tl.zeros((BLOCK,), tl.float32)  # (BLOCK,)
+        # A row with c = 0 is not read: its NaN must not leak.
+        x = tl.load(x_ptr + tl.cast(i, tl.int64) * d + column, mask=inside & (c != 0), other=0.0)
+        total += c * x.to(tl.float32)
+    tl.store(out_ptr + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def _stacked(grads: list[Tensor]) -> str | None:
+    return None if len(grads) == 1 else "takes one stacked tensor (p, ...), got a list"
+
+
+def gram_supports(grads: list[Tensor], mask: Tensor | None, p: int, accum: str) -> str | None:
+    if accum != "fp32":
+        return f"sums in float32 (accum='fp32'), got accum={accum!r}"
+    if p > 128:
+        return f"takes at most 128 workers, got {p}"
+    return _stacked(grads)
+
+
+def gram_forward(grads: list[Tensor], mask: Tensor | None, p: int, accum: str) -> Tensor:
+    """[(p, ...)] -> K (p, p) float64."""
+    x = grads[0]
+    d = x.numel() // p
+    if d == 0:
+        return x.new_zeros((p, p), dtype=torch.float64)
+    padded = max(16, triton.next_power_of_2(p))
+    # 512 programs keep every multiprocessor busy; d alone decides, so that bits do not change
+    # from one GPU to the next.
+    chunk = max(1, triton.cdiv(d, 512 * _RUN)) * _RUN if d > 512 * _RUN else _RUN
+    programs = triton.cdiv(d, chunk)
+    partial = torch.empty((programs, padded, padded), dtype=torch.float64, device=x.device)
+    _gram_forward_kernel[(programs,)](
+        x, x if mask is None else mask, partial, p, d, chunk,
+        P=padded, BLOCK=128 if padded <= 32 else 64, RUN=_RUN, HAS_MASK=mask is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return partial.sum(0)[:p, :p].contiguous()
+
+
+def combine_supports(grads: list[Tensor], coeffs: Tensor, p: int) -> str | None:
+    return _stacked(grads)
+
+
+def combine_forward(
+    grads: list[Tensor], coeffs: Tensor, p: int, out: list[Tensor] | None = None
+) -> list[Tensor]:
+    """[(p, ...)], (p,) float64 -> [(d,)]"""
+    x = grads[0]
+    d = x.numel() // p
+    out = [torch.empty((d,), dtype=x.dtype, device=x.device)] if out is None else out
+    if d > 0:
+        block = 1024
+        _combine_forward_kernel[(triton.cdiv(d, block),)](
+            x, coeffs, out[0], p, d, BLOCK=block, num_warps=4
+        )
+    return out
