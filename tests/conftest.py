@@ -16,6 +16,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import json
+import re
 from pathlib import Path
 
 import dashpot
@@ -55,6 +57,7 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "absent: there is no such case in this process")
     config.addinivalue_line("markers", "cases(**selection): the cases a test takes")
     config.addinivalue_line("markers", "tests_op(name): the op whose backends `backend` stands for")
+    config.addinivalue_line("markers", "backends(which): `backend` is a name, or any of kernels")
     torch.set_num_threads(1)  # small sums would only wait for each other; tests of threads set it
     hypothesis.settings.register_profile(
         "dashpot",
@@ -180,7 +183,9 @@ def _expected(name, dtype, device, size) -> _check.Expected:
     return _check.expect(op, op.inputs(size, dtype, device, 0))
 
 
-def _elements(op, size) -> int:
+@functools.cache
+def _elements(name: str, size: tuple) -> int:
+    op = REGISTRY[name]
     return sum(
         leaf.numel()
         for leaf in tree_leaves(op.inputs(size, torch.float32, "cpu", 0))
@@ -193,10 +198,10 @@ def _sizes(op, which: str) -> list[tuple]:
     sizes = op.sizes["test"]
     if which == "all":
         return sizes
-    ordered = sorted(sizes, key=lambda size: _elements(op, size))
+    ordered = sorted(sizes, key=lambda size: _elements(op.name, size))
     if which == "large":
         return ordered[-1:]
-    return [next((size for size in ordered if _elements(op, size) >= 16), ordered[-1])]
+    return [next((size for size in ordered if _elements(op.name, size) >= 16), ordered[-1])]
 
 
 def _serves(op, backend: str, device: str, dtype: torch.dtype) -> bool:
@@ -237,14 +242,9 @@ def _selected(sizes="small", dtypes="all", backends="all", device=None, differen
     cases = []
     for case in _grid():
         chain = isinstance(case.op, Chain)
-        names = {
-            "all": (case.backend,),
-            "kernels": (case.backend,) * case.is_kernel,
-            "preferred": _preferred(case),
-        }.get(backends, (backends,))
         if (
             (kind == "any" or chain == (kind == "chain"))
-            and case.backend in names
+            and _is_one_of(case, backends)
             and device in (None, case.device)
             and (case.op.differentiable or not differentiable)
             and _takes_dtype(case, dtypes)
@@ -253,6 +253,12 @@ def _selected(sizes="small", dtypes="all", backends="all", device=None, differen
     order = list(REGISTRY)  # backends last: neighbours share what is expected of them
     return sorted(cases, key=lambda case: (order.index(case.op.name), case.device,
                                            DTYPES.index(case.dtype), str(case.size)))  # fmt: skip
+
+
+def _is_one_of(case: Case, backends: str) -> bool:
+    if backends == "preferred":
+        return case.backend in _preferred(case)
+    return backends in ("all", case.backend) or (backends == "kernels" and case.is_kernel)
 
 
 def _takes_dtype(case: Case, dtypes) -> bool:
@@ -286,6 +292,8 @@ def pytest_generate_tests(metafunc):
         name = marker.args[0] if marker else metafunc.module.__name__.rsplit("test_", 1)[-1]
         dtype = torch.float64 if "backend64" in metafunc.fixturenames else torch.float32
         cases = [case for case in _grid() if case.op.name == name and case.dtype == dtype]
+        if only := metafunc.definition.get_closest_marker("backends"):
+            cases = [case for case in cases if _is_one_of(case, only.args[0])]
     else:
         return
     fixture = next(n for n in ("case", "backend", "backend64") if n in metafunc.fixturenames)
@@ -360,3 +368,53 @@ def poison(monkeypatch) -> set[int]:
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+# --------------------------------------------------------------------------------------------
+# What compiled GPU kernels ask for
+
+
+def _ptxas_usage(report: str) -> dict[str, dict[str, int]]:
+    """{function: {registers, spill, stack, shared}} from what `ptxas -v` prints; bytes."""
+    found = {}
+    for part in re.split(r"Compiling entry function '", report)[1:]:
+        stack, stores, loads = map(
+            int,
+            re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) ", part).groups(),
+        )
+        shared = re.search(r"(\d+) bytes smem", part)
+        found[part.split("'")[0]] = {
+            "registers": int(re.search(r"Used (\d+) registers", part)[1]),
+            "spill": stores + loads,
+            "stack": stack,
+            "shared": int(shared[1]) if shared else 0,
+        }
+    return found
+
+
+class _Limits:
+    """tests/<family>/kernel_limits.json: {kernel: {registers, spill, stack, shared}}."""
+
+    @functools.cache  # noqa: B019
+    def of(self, family: str) -> dict[str, dict[str, int]]:
+        return json.loads((ROOT / "tests" / family / "kernel_limits.json").read_text())
+
+    def check(self, family: str, kernel: str, usage: dict[str, int]) -> None:
+        limits = self.of(family)
+        assert kernel in limits, f"kernel_limits.json of {family} says nothing of {kernel}"
+        beyond = {
+            name: f"{value} > {limits[kernel].get(name, 0)}"
+            for name, value in usage.items()
+            if value > limits[kernel].get(name, 0)
+        }
+        assert not beyond, f"{kernel} is beyond its limits: {beyond}"
+
+
+@pytest.fixture(scope="session")
+def ptxas_usage():
+    return _ptxas_usage
+
+
+@pytest.fixture(scope="session")
+def kernel_limits() -> _Limits:
+    return _Limits()

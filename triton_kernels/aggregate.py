@@ -3,9 +3,9 @@
 Lists of tensors go to the CUDA kernels, which take pointers by value.
 
     gram     K = X X^T as tiles of a matrix product: p is padded to 16 or more, coordinates are the
-             inner dimension, 16-bit rows multiply exactly on tensor cores, float32 rows as three
-             TF32 products. A program sums its chunk in float32 over 2,048 coordinates and in
-             float64 from there; the chunks' matrices are added by one torch reduction, in order.
+             inner dimension. 16-bit rows are exact in TF32, float32 rows take three TF32 products.
+             Tensor cores cut off, not round, when they add, so only one tile's product is summed
+             there, and tiles in float64; the programs' matrices are added by one torch reduction.
     combine  u = c^T X, a row at a time in registers; chunks from the last to the first, because
              gram read forwards and left the last ones in the L2 cache.
 """
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_RUN = 2048  # coordinates summed in float32
+_CHUNK = 2048  # coordinates of a program, at least
 
 
 @triton.jit
@@ -27,11 +27,11 @@ def _gram_forward_kernel(
     partial_ptr,  # (programs, P, P) float64
     p,
     d,
-    chunk,  # coordinates of a program, a multiple of RUN
+    chunk,  # coordinates of a program, a multiple of BLOCK
     P: tl.constexpr,  # p padded to a power of two, at least 16
     BLOCK: tl.constexpr,  # coordinates of one product
-    RUN: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    PRECISION: tl.constexpr,  # "tf32" holds 16-bit floats exactly; float32 needs "tf32x3"
 ):
     program = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, P)  # (P,)
@@ -42,13 +42,11 @@ def _gram_forward_kernel(
     begin = program * chunk
     end = tl.minimum(begin + chunk, d)
     total = tl.zeros((P, P), tl.float64)
-    for run in range(begin, end, RUN):
-        part = tl.zeros((P, P), tl.float32)
-        for k in range(run, tl.minimum(run + RUN, end), BLOCK):
-            column = k + tl.arange(0, BLOCK)  # (BLOCK,)
-            x = tl.load(base + column[None, :], mask=live[:, None] & (column < end)[None, :], other=0.0)
-            part = tl.dot(x, tl.trans(x), part, input_precision="tf32x3")
-        total += part.to(tl.float64)
+    for k in range(begin, end, BLOCK):
+        column = k + tl.arange(0, BLOCK)  # (BLOCK,)
+        inside = live[:, None] & (column < end)[None, :]  # (P, BLOCK)
+        x = tl.load(base + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.dot(x, tl.trans(x), input_precision=PRECISION).to(tl.float64)
     at = partial_ptr + program * P * P + row[:, None] * P + row[None, :]
     tl.store(at, total)
 
@@ -95,13 +93,13 @@ def gram_forward(grads: list[Tensor], mask: Tensor | None, p: int, accum: str) -
     padded = max(16, triton.next_power_of_2(p))
     # 512 programs keep every multiprocessor busy; d alone decides, so that bits do not change
     # from one GPU to the next.
-    chunk = max(1, triton.cdiv(d, 512 * _RUN)) * _RUN if d > 512 * _RUN else _RUN
+    chunk = triton.cdiv(d, 512 * _CHUNK) * _CHUNK
     programs = triton.cdiv(d, chunk)
     partial = torch.empty((programs, padded, padded), dtype=torch.float64, device=x.device)
     _gram_forward_kernel[(programs,)](
         x, x if mask is None else mask, partial, p, d, chunk,
-        P=padded, BLOCK=128 if padded <= 32 else 64, RUN=_RUN, HAS_MASK=mask is not None,
-        num_warps=4,
+        P=padded, BLOCK=128 if padded <= 32 else 64, HAS_MASK=mask is not None,
+        PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
     return partial.sum(0)[:p, :p].contiguous()
 

@@ -6,7 +6,7 @@
 #include <optional>
 #include <type_traits>
 
-#include "aggregate/pairs_cuda.h"
+#include "aggregate/cuda_binding.h"
 #include "aggregate/rows.h"
 #include "common/bind.h"
 #include "common/parallel.h"

@@ -11,14 +11,26 @@ namespace dashpot::aggregate {
 // Most workers whose pointers fit a kernel's parameters.
 inline constexpr int64_t kMaxWorkers = 384;
 
-enum class PairSum { kProduct, kSquaredDifference };
+// Scratch memory of a pass over pairs of rows: float64 partial sums, and int32 notes on where
+// float32 did not suffice.
+struct PairsScratch {
+  int64_t partials, notes;
+};
 
-// float64 numbers of scratch memory that `pairs_cuda` needs.
-int64_t pairs_scratch_size(const Rows& rows);
+// K (p, p) float64 of float32 or 16-bit rows; mask (p,) bool on the device or null. note[i] != 0
+// asks for gram_wide_cuda.
+PairsScratch gram_scratch(const Rows& rows);
+void gram_cuda(const Rows& rows, const bool* mask, double* partials, int* note, double* out,
+               int device, void* stream);
 
-// out (p, p) float64; mask (p,) bool on the device or null; scratch as above.
-void pairs_cuda(const Rows& rows, PairSum sum, bool wide, const bool* mask, double* scratch,
-                double* out, int device, void* stream);
+// K with every product in float64; given redo, only if one of its redo_count notes is set.
+PairsScratch pairs_scratch(const Rows& rows);
+void gram_wide_cuda(const Rows& rows, const bool* mask, const int* redo, int redo_count,
+                    double* partials, double* out, int device, void* stream);
+
+// D (p, p) float64; in float64 where float32 does not suffice.
+void sqdist_cuda(const Rows& rows, const bool* mask, double* partials, int* note, double* out,
+                 int device, void* stream);
 
 // out: S device pointers (n_s,); coeffs (p,) float64 on the device.
 void combine_cuda(const Rows& rows, const double* coeffs, const std::vector<void*>& out, int device,

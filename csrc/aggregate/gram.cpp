@@ -2,7 +2,7 @@
 #include <string>
 
 #include "aggregate/pairs.h"
-#include "aggregate/pairs_cuda.h"
+#include "aggregate/cuda_binding.h"
 #include "common/bind.h"
 
 namespace dashpot::aggregate {
@@ -16,7 +16,22 @@ Tensor gram_forward(const std::vector<Tensor>& grads, const std::optional<Tensor
 #ifdef DASHPOT_CUDA
 Tensor gram_forward_cuda(const std::vector<Tensor>& grads, const std::optional<Tensor>& mask,
                          int64_t p, const std::string& accum) {
-  return pairs_forward_cuda(grads, mask, p, PairSum::kProduct, accum == "fp64");
+  const Rows rows(grads, p);
+  const bool wide = accum == "fp64" || rows.dtype == Dtype::kFloat64;
+  const PairsScratch narrow_size = gram_scratch(rows), wide_size = pairs_scratch(rows);
+  const Tensor out = grads[0].new_empty({p, p}, Dtype::kFloat64);  // (p, p)
+  const Tensor partials = grads[0].new_empty(
+      {std::max(narrow_size.partials, wide_size.partials)}, Dtype::kFloat64);
+  const Tensor note = grads[0].new_empty({narrow_size.notes}, Dtype::kInt32);
+  const bool* live = mask ? mask->as<bool>() : nullptr;
+  const Place place = place_of(grads[0]);
+  if (!wide) {
+    gram_cuda(rows, live, partials.as<double>(), note.as<int>(), out.as<double>(), place.device,
+              place.stream);
+  }
+  gram_wide_cuda(rows, live, wide ? nullptr : note.as<int>(), static_cast<int>(narrow_size.notes),
+                 partials.as<double>(), out.as<double>(), place.device, place.stream);
+  return out;
 }
 
 std::optional<std::string> gram_supports_cuda(const py::args& args) {

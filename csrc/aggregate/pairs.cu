@@ -1,25 +1,20 @@
-// Sums over coordinates of a function of two rows, for every pair of rows (CUDA).
+// Sums over coordinates of a function of two rows, for every pair of rows, by FMA (CUDA).
 //
 //   out[i][j] = sum_k f(x_ik, x_jk)      x (p, d) -> out (p, p) float64
-//   f = product: Gram matrix; f = squared difference: pairwise distances.
+//   f = squared difference, in float32 or float64; f = product in float64 (float32: gram.cu)
 //
-// Rows are taken in tiles of 8; a block owns one pair of tiles and one chunk of coordinates. Each
-// thread holds the tile pair's 64 sums in registers and takes every kThreads-th coordinate: 16
-// coalesced loads serve 64 multiply-adds. Blocks of one chunk are neighbours in the grid, so a row
-// comes from device memory once and from the L2 cache for the other tile pairs.
+// Tiles, chunks and the sum over chunks are in pairs.cuh. Each thread holds a pair of tiles of 8
+// rows, 64 sums in registers, and takes every kThreads-th coordinate: 16 coalesced loads serve 64
+// multiply-adds. Blocks of one chunk are neighbours in the grid, so a row comes from device memory
+// once and from the L2 cache for the other tile pairs. After kRun coordinates per thread (2,048
+// per warp) the sums are added over the warp by a transposing butterfly (62 shuffles for 64 sums,
+// not 320) and go on in float64 in shared memory.
 //
-// After kRun coordinates per thread (2,048 per warp) the sums are added over the warp by a
-// transposing butterfly (62 shuffles for 64 sums, not 320) and go on in float64 in shared memory.
-// Each block writes its 64 totals; a second kernel adds them over the chunks in order. No atomics:
-// chunks depend on d alone, so the bits are the same on every run and every GPU.
-//
-// Sums of float32 squares may leave float32's range. The second kernel notes where a square is
-// not finite or suspiciously small, and the same two kernels, in float64, follow; they return at
-// once if there is no note. So the host never has to look.
-#include <cstring>
-
+// Sums of float32 squares may leave float32's range. sum_kernel notes where a square is not finite
+// or suspiciously small, and a pass in float64 follows; its blocks return at once if there is no
+// note. So the host never has to look.
 #include "aggregate/cuda.h"
-#include "aggregate/rows.cuh"
+#include "aggregate/pairs.cuh"
 
 namespace dashpot::aggregate {
 namespace {
@@ -29,11 +24,10 @@ constexpr int kEntries = kTile * kTile;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kRun = 64;
-constexpr int kChunks = 256;   // about so many chunks, whatever d
-constexpr int kSumLanes = 16;  // chunks that the second kernel adds side by side
+constexpr int kChunks = 256;
+constexpr int kRedoBlocks = 256;  // a pass that is rarely asked for should cost little to refuse
 
 struct ProductSum {
-  static constexpr bool kSquaresOnDiagonal = true;
   template <class Acc>
   __device__ static __forceinline__ void add(Acc& sum, Acc a, Acc b) {
     sum = fma(a, b, sum);
@@ -41,30 +35,11 @@ struct ProductSum {
 };
 
 struct SquaredDifferenceSum {
-  static constexpr bool kSquaresOnDiagonal = false;
   template <class Acc>
   __device__ static __forceinline__ void add(Acc& sum, Acc a, Acc b) {
     sum = fma(a - b, a - b, sum);
   }
 };
-
-__host__ __device__ inline int tiles_of(int p) { return (p + kTile - 1) / kTile; }
-__host__ __device__ inline int tile_pairs_of(int p) { return tiles_of(p) * (tiles_of(p) + 1) / 2; }
-
-// Tile pair number `index` of the upper triangle, row by row.
-__device__ inline void tile_pair(int index, int tiles, int& first, int& second) {
-  first = 0;
-  while (index >= tiles - first) index -= tiles - first++;
-  second = first + index;
-}
-
-// Whether an earlier pass asks for this one; every thread of the block calls it.
-__device__ inline bool asked(const int* redo, int count) {
-  if (redo == nullptr) return true;
-  int any = 0;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) any |= redo[i];
-  return __syncthreads_or(any);
-}
 
 // sum[0..64) over the lanes of a warp: lane l is left with the totals of entries 2l and 2l + 1.
 // Recursive, so that every index is a constant and the sums stay in registers.
@@ -80,157 +55,146 @@ __device__ __forceinline__ void transpose_sum(Acc (&sum)[kEntries]) {
   if constexpr (kHalf > 2) transpose_sum<kHalf / 2>(sum);
 }
 
-// Grid: (tile pair, chunk), tile pairs fastest. partials (chunks, tile pairs, 64).
-template <class F, class Acc, class In>
-__global__ void __launch_bounds__(kThreads, sizeof(Acc) == 4 ? 4 : 2)
-    pairs_kernel(const __grid_constant__ Table table, const bool* mask, const int* redo,
-                 int64_t first_chunk, double* partials) {
-  __shared__ double totals[kWarps][kEntries];
-  const int p = table.p, tile_pairs = tile_pairs_of(p);
-  if (!asked(redo, tile_pairs)) return;
-  const int pair = blockIdx.x % tile_pairs;
-  const int64_t chunk = blockIdx.x / tile_pairs;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int tile_a, tile_b;
-  tile_pair(pair, tiles_of(p), tile_a, tile_b);
-  const Span span = span_of(table, chunk);
+// A tile's rows. A row that is not to be read points to one that is, so that loads need no branch
+// (a branch would keep the compiler from having all of them in flight), and reads as 0.
+template <class In>
+struct TileRows {
+  const In* row[kTile];
+  uint32_t live;  // bit r: row r is read
 
-  const In* a[kTile];  // the tiles' rows at this thread's first coordinate; null: reads as 0
-  const In* b[kTile];
+  __device__ __forceinline__ TileRows(const Table& table, const Span& span, int tile,
+                                      const bool* mask) {
+    const void* const* rows = table.row + span.segment * table.p;
+    live = 0;
 #pragma unroll
-  for (int r = 0; r < kTile; ++r) {
-    const int i = tile_a * kTile + r, j = tile_b * kTile + r;
-    const void* const* rows = table.row + span.segment * p;
-    a[r] = i < p && (!mask || mask[i]) ? static_cast<const In*>(rows[i]) + span.begin : nullptr;
-    b[r] = j < p && (!mask || mask[j]) ? static_cast<const In*>(rows[j]) + span.begin : nullptr;
+    for (int r = 0; r < kTile; ++r) {
+      const int i = tile * kTile + r;
+      const bool read = i < table.p && (!mask || mask[i]);
+      row[r] = static_cast<const In*>(rows[read ? i : 0]) + span.begin;
+      live |= static_cast<uint32_t>(read) << r;
+    }
   }
-  totals[warp][lane] = totals[warp][lane + 32] = 0;  // slots of this lane: see transpose_sum
-  __syncwarp();
-  for (int64_t run = 0; run < span.length; run += int64_t{kRun} * kThreads) {
-    Acc sum[kEntries] = {};
-    const int64_t end = run + int64_t{kRun} * kThreads;
+  template <class Acc>
+  __device__ __forceinline__ void load(int64_t k, Acc (&x)[kTile]) const {
+    In raw[kTile];
+#pragma unroll
+    for (int r = 0; r < kTile; ++r) raw[r] = row[r][k];
+#pragma unroll
+    for (int r = 0; r < kTile; ++r) x[r] = live >> r & 1 ? device_cast<Acc>(raw[r]) : Acc(0);
+  }
+};
+
+// sum[r][c] += f(a[r], b[c]) over coordinates [begin, end) of this thread; diagonal: only r <= c.
+template <class F, class Acc, class In, bool diagonal>
+__device__ __forceinline__ void add_run(const TileRows<In>& a, const TileRows<In>& b, int64_t begin,
+                                        int64_t end, Acc (&sum)[kEntries]) {
 #pragma unroll 1
-    for (int64_t k = run + threadIdx.x; k < (end < span.length ? end : span.length);
-         k += kThreads) {
-      Acc left[kTile], right[kTile];
+  for (int64_t k = begin + threadIdx.x; k < end; k += kThreads) {
+    Acc left[kTile], right[kTile];
+    a.load(k, left);
+    if (!diagonal) b.load(k, right);
 #pragma unroll
-      for (int r = 0; r < kTile; ++r) {
-        left[r] = a[r] ? device_cast<Acc>(a[r][k]) : Acc(0);
-        right[r] = b[r] ? device_cast<Acc>(b[r][k]) : Acc(0);
-      }
+    for (int r = 0; r < kTile; ++r) {
 #pragma unroll
-      for (int r = 0; r < kTile; ++r) {
-#pragma unroll
-        for (int c = 0; c < kTile; ++c) F::add(sum[r * kTile + c], left[r], right[c]);
+      for (int c = diagonal ? r : 0; c < kTile; ++c) {
+        F::add(sum[r * kTile + c], left[r], diagonal ? left[c] : right[c]);
       }
     }
-    transpose_sum(sum);
-    totals[warp][2 * lane] += sum[0];
-    totals[warp][2 * lane + 1] += sum[1];
-  }
-  __syncthreads();
-  if (threadIdx.x < kEntries) {
-    double total = 0;
-    for (int w = 0; w < kWarps; ++w) total += totals[w][threadIdx.x];
-    partials[((first_chunk + chunk) * tile_pairs + pair) * kEntries + threadIdx.x] = total;
   }
 }
 
-// Grid: tile pairs. partials (chunks, tile pairs, 64) -> out (p, p), both halves; note[pair]: a
-// square is not finite or below `smallest`.
-template <class F>
-__global__ void __launch_bounds__(kEntries* kSumLanes)
-    sum_kernel(const double* partials, int64_t chunks, int p, const bool* mask, const int* redo,
-               double smallest, int* note, double* out) {
-  __shared__ double totals[kSumLanes][kEntries];
-  const int tile_pairs = tile_pairs_of(p);
-  if (!asked(redo, tile_pairs)) return;
-  const int entry = threadIdx.x % kEntries, lane = threadIdx.x / kEntries;
-  double total = 0;
-#pragma unroll 4
-  for (int64_t chunk = lane; chunk < chunks; chunk += kSumLanes) {
-    total += partials[(chunk * tile_pairs + blockIdx.x) * kEntries + entry];
-  }
-  totals[lane][entry] = total;
-  __syncthreads();
-  bool odd = false;
-  if (lane == 0) {
-    for (int other = 1; other < kSumLanes; ++other) total += totals[other][entry];
-    int tile_a, tile_b;
-    tile_pair(blockIdx.x, tiles_of(p), tile_a, tile_b);
-    const int i = tile_a * kTile + entry / kTile, j = tile_b * kTile + entry % kTile;
-    if (i < p && j < p) {
-      const bool read = !mask || (mask[i] && mask[j]);
-      out[i * p + j] = out[j * p + i] = read ? total : 0;
-      const bool square = F::kSquaresOnDiagonal == (i == j);
-      odd = read && square && !(total >= smallest && total <= 1.7976931348623157e308);
-    }
-  }
-  const int any = __syncthreads_or(odd);
-  if (note != nullptr && threadIdx.x == 0) note[blockIdx.x] = any;
-}
-
-int64_t chunk_length(const Rows& rows) {
-  const int64_t fair = (rows.d + kChunks - 1) / kChunks;
-  return (fair < 8 * kThreads ? 8 * kThreads : fair + kThreads - 1) / kThreads * kThreads;
-}
-
-int64_t chunk_count(const Rows& rows) {
-  const int64_t chunk = chunk_length(rows);
-  int64_t count = 0;
-  for (const int64_t n : rows.lengths) count += (n + chunk - 1) / chunk;
-  return count;
-}
-
-// One pass: both kernels. redo: run only where an earlier pass noted something; note: say so.
+// Items (tile pair, chunk), tile pairs fastest, dealt out to the blocks of the grid.
 template <class F, class Acc, class In>
-void pass(const Rows& rows, const bool* mask, const int* redo, int* note, double* partials,
-          double* out, cudaStream_t stream) {
-  const int p = static_cast<int>(rows.p), tile_pairs = tile_pairs_of(p);
+__global__ void __launch_bounds__(kThreads, sizeof(Acc) == 4 ? 3 : 2)
+    pairs_kernel(const __grid_constant__ Table table, const bool* mask, const int* redo,
+                 int redo_count, int64_t items, int64_t first_chunk, double* partials) {
+  __shared__ double totals[kWarps][kEntries];
+  if (!asked(redo, redo_count)) return;
+  const int p = table.p, tile_pairs = tile_pairs_of(p, kTile);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
+    const int pair = static_cast<int>(item % tile_pairs);
+    const int64_t chunk = item / tile_pairs;
+    int tile_a, tile_b;
+    tile_pair(pair, tiles_of(p, kTile), tile_a, tile_b);
+    const Span span = span_of(table, chunk);
+    const TileRows<In> a(table, span, tile_a, mask), b(table, span, tile_b, mask);
+    totals[warp][2 * lane] = totals[warp][2 * lane + 1] = 0;  // this lane's alone until the end
+    for (int64_t run = 0; run < span.length; run += int64_t{kRun} * kThreads) {
+      Acc sum[kEntries] = {};
+      const int64_t most = run + int64_t{kRun} * kThreads;
+      const int64_t end = most < span.length ? most : span.length;
+      if (tile_a == tile_b) {
+        add_run<F, Acc, In, true>(a, b, run, end, sum);
+      } else {
+        add_run<F, Acc, In, false>(a, b, run, end, sum);
+      }
+      transpose_sum(sum);
+      totals[warp][2 * lane] += sum[0];
+      totals[warp][2 * lane + 1] += sum[1];
+    }
+    __syncthreads();
+    if (threadIdx.x < kEntries) {
+      double total = 0;
+      for (int w = 0; w < kWarps; ++w) total += totals[w][threadIdx.x];
+      partials[((first_chunk + chunk) * tile_pairs + pair) * kEntries + threadIdx.x] = total;
+    }
+    __syncthreads();
+  }
+}
+
+int64_t chunk_of(const Rows& rows) { return chunk_length(rows, kChunks, 8 * kThreads); }
+
+// redo: run only where an earlier pass noted something; note: say so.
+template <class F, class Acc, class In>
+void pass(const Rows& rows, const bool* mask, const int* redo, int redo_count, int* note,
+          double* partials, double* out, cudaStream_t stream) {
+  const int p = static_cast<int>(rows.p), tile_pairs = tile_pairs_of(p, kTile);
   int64_t first = 0;
-  for_each_table(rows, chunk_length(rows), {}, [&](const Table& table, int64_t chunks) {
-    launch(&pairs_kernel<F, Acc, In>, dim3(static_cast<unsigned>(chunks * tile_pairs)),
-           dim3(kThreads), 0, stream, table, mask, redo, first, partials);
+  for_each_table(rows, chunk_of(rows), {}, [&](const Table& table, int64_t chunks) {
+    const int64_t items = chunks * tile_pairs;
+    const int64_t blocks = redo ? std::min<int64_t>(items, kRedoBlocks) : items;
+    launch(&pairs_kernel<F, Acc, In>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
+           stream, table, mask, redo, redo_count, items, first, partials);
     first += chunks;
   });
-  launch(&sum_kernel<F>, dim3(tile_pairs), dim3(kEntries * kSumLanes), 0, stream, partials, first, p,
-         mask, redo, 1e-30 * static_cast<double>(rows.d), note, out);
-}
-
-template <class F>
-void passes(const Rows& rows, bool wide, const bool* mask, double* scratch, double* out,
-            cudaStream_t stream) {
-  double* partials = scratch;
-  int* note = reinterpret_cast<int*>(scratch + chunk_count(rows) *
-                                                   tile_pairs_of(static_cast<int>(rows.p)) *
-                                                   kEntries);
-  dispatch_device(rows.dtype, [&](auto element) {
-    using In = decltype(element);
-    if constexpr (std::is_same_v<In, double>) {
-      pass<F, double, In>(rows, mask, nullptr, nullptr, partials, out, stream);
-    } else {
-      if (!wide) pass<F, float, In>(rows, mask, nullptr, note, partials, out, stream);
-      pass<F, double, In>(rows, mask, wide ? nullptr : note, nullptr, partials, out, stream);
-    }
-  });
+  launch(&sum_kernel<kTile>, dim3(kEntries / kSumEntries, tile_pairs),
+         dim3(kSumEntries * kSumLanes), 0, stream, partials, first, p, mask, redo, redo_count,
+         std::is_same_v<F, ProductSum>, 1e-30 * static_cast<double>(rows.d), note, out);
 }
 
 }  // namespace
 
-int64_t pairs_scratch_size(const Rows& rows) {
-  const int64_t tile_pairs = tile_pairs_of(static_cast<int>(rows.p));
-  return chunk_count(rows) * tile_pairs * kEntries + tile_pairs;  // partials, notes
+PairsScratch pairs_scratch(const Rows& rows) {
+  const int p = static_cast<int>(rows.p);
+  return {chunk_count(rows, chunk_of(rows)) * tile_pairs_of(p, kTile) * kEntries,
+          notes_of(p, kTile)};
 }
 
-void pairs_cuda(const Rows& rows, PairSum sum, bool wide, const bool* mask, double* scratch,
-                double* out, int device, void* stream) {
+void gram_wide_cuda(const Rows& rows, const bool* mask, const int* redo, int redo_count,
+                    double* scratch, double* out, int device, void* stream) {
+  const DeviceGuard guard(device);
+  dispatch_device(rows.dtype, [&](auto element) {
+    pass<ProductSum, double, decltype(element)>(rows, mask, redo, redo_count, nullptr, scratch, out,
+                                                static_cast<cudaStream_t>(stream));
+  });
+}
+
+void sqdist_cuda(const Rows& rows, const bool* mask, double* scratch, int* note, double* out,
+                 int device, void* stream) {
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (sum == PairSum::kProduct) {
-    passes<ProductSum>(rows, wide, mask, scratch, out, on);
-  } else {
-    passes<SquaredDifferenceSum>(rows, wide, mask, scratch, out, on);
-  }
+  const int count = notes_of(static_cast<int>(rows.p), kTile);
+  dispatch_device(rows.dtype, [&](auto element) {
+    using In = decltype(element);
+    using F = SquaredDifferenceSum;
+    if constexpr (std::is_same_v<In, double>) {
+      pass<F, double, In>(rows, mask, nullptr, 0, nullptr, scratch, out, on);
+    } else {
+      pass<F, float, In>(rows, mask, nullptr, 0, note, scratch, out, on);
+      pass<F, double, In>(rows, mask, note, count, nullptr, scratch, out, on);
+    }
+  });
 }
 
 }  // namespace dashpot::aggregate

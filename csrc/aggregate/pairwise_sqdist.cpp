@@ -1,6 +1,6 @@
 // pairwise_sqdist: D_ij = sum_k (g_ik - g_jk)^2, rows (p, d) -> (p, p) float64; loops in pairs.h.
 #include "aggregate/pairs.h"
-#include "aggregate/pairs_cuda.h"
+#include "aggregate/cuda_binding.h"
 #include "common/bind.h"
 
 namespace dashpot::aggregate {
@@ -14,7 +14,15 @@ Tensor pairwise_sqdist_forward(const std::vector<Tensor>& grads, const std::opti
 #ifdef DASHPOT_CUDA
 Tensor pairwise_sqdist_forward_cuda(const std::vector<Tensor>& grads,
                                     const std::optional<Tensor>& mask, int64_t p) {
-  return pairs_forward_cuda(grads, mask, p, PairSum::kSquaredDifference, false);
+  const Rows rows(grads, p);
+  const PairsScratch size = pairs_scratch(rows);
+  const Tensor out = grads[0].new_empty({p, p}, Dtype::kFloat64);  // (p, p)
+  const Tensor partials = grads[0].new_empty({size.partials}, Dtype::kFloat64);
+  const Tensor note = grads[0].new_empty({size.notes}, Dtype::kInt32);
+  const Place place = place_of(grads[0]);
+  sqdist_cuda(rows, mask ? mask->as<bool>() : nullptr, partials.as<double>(), note.as<int>(),
+              out.as<double>(), place.device, place.stream);
+  return out;
 }
 
 std::optional<std::string> pairwise_sqdist_supports_cuda(const py::args& args) {

@@ -176,7 +176,10 @@ def plot(
 
 
 def _panel(axis, rows: Sequence[dict]) -> None:
-    floor = sorted((row["bytes"] / 1e6, row["floor"] * 1e3) for row in rows)
+    sizes = {row["bytes"] / 1e6: size_label(row["size"]) for row in rows}
+    floors = {
+        x: min(r["floor"] for r in rows if r["bytes"] / 1e6 == x) * 1e3 for x in sorted(sizes)
+    }
     for contender in dict.fromkeys(row["contender"] for row in rows):
         points = sorted(
             (row["bytes"] / 1e6, row["median"] * 1e3, row["p20"] * 1e3, row["p80"] * 1e3)
@@ -186,7 +189,9 @@ def _panel(axis, rows: Sequence[dict]) -> None:
         x, median, p20, p80 = zip(*points, strict=True)
         (line,) = axis.loglog(x, median, marker="o", markersize=3, label=contender)
         axis.fill_between(x, p20, p80, alpha=0.2, color=line.get_color())
-    axis.loglog(*zip(*floor, strict=True), "k--", linewidth=1, label="floor (plain copy)")
-    axis.set_xlabel("data that must move, MB")
+    axis.loglog(floors.keys(), floors.values(), "k--", linewidth=1, label="floor (plain copy)")
+    axis.set_xticks(list(sizes), list(sizes.values()), fontsize="x-small", rotation=30)
+    axis.set_xticks([], minor=True)
+    axis.set_xlabel("size, placed by the bytes that must move")
     axis.set_ylabel("time, ms")
     axis.legend(fontsize="x-small")

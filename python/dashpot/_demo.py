@@ -150,15 +150,19 @@ def train(
     steps: int,
     advance: Callable[[], None] = lambda: None,
 ) -> list[tuple[int, float]]:
-    """Train by stochastic gradient descent; returns (step, accuracy on the test images)."""
-    torch.manual_seed(SEED)
-    model = classifier()
+    """Train by stochastic gradient descent; returns (step, accuracy on the test images).
+
+    `advance()` is called before each step."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        model = classifier()
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
     generator = torch.Generator().manual_seed(SEED)
     noise = torch.Generator().manual_seed(SEED + 1)  # apart: no attack changes the minibatches
     history = []
     for step in range(1, steps + 1):
+        advance()
         grads = []  # p lists of S tensors
         for shard in data.shards:
             batch = shard[torch.randint(len(shard), (BATCH,), generator=generator)]  # (BATCH,)
@@ -173,7 +177,6 @@ def train(
         optimizer.step()
         if step % 10 == 0 or step == steps:
             history.append((step, accuracy(model, data)))
-        advance()
     return history
 
 
@@ -188,11 +191,15 @@ def accuracy(model: nn.Module, data: Digits) -> float:
 
 
 def flag_by_svd(rows: Tensor) -> Tensor:
-    """The official algorithm's form, one step from equal weights: rows (p, d) -> update (d,)."""
+    """The published algorithm with its defaults (random start, one reweighting step, SVD):
+    rows (p, d) -> update (d,)."""
     m = (len(rows) + 1) // 2
-    unit = rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)  # (p, d)
-    y = torch.linalg.svd(unit.mT, full_matrices=False)[0][:, :m]  # (d, m)
-    return y @ (y.mT @ unit.sum(0)) / m
+    x = (rows / rows.norm(dim=1, keepdim=True).clamp(min=1e-12)).mT  # (d, p)
+    start = torch.randn(len(x), m, generator=torch.Generator().manual_seed(SEED)).to(rows)
+    y = torch.linalg.qr(start)[0]  # (d, m)
+    weight = (1 - (y.mT @ x).square().sum(0) + 1e-7) ** -0.5  # (p,)
+    y = torch.linalg.svd(weight.sqrt() * x, full_matrices=False)[0][:, :m]
+    return y @ (y.mT @ x.sum(1)) / m
 
 
 def example_rows(d: int) -> Tensor:
@@ -228,8 +235,9 @@ TIMED = {
 }
 
 
-def time_rules(d: int, step: Callable[[str], None] = lambda label: None) -> dict[str, Timing]:
-    """Each entry of TIMED on rows (p, d) in float32, with the dispatcher's choice of kernels."""
+def time_rules(d: int, budget: float, step: Callable[[str], None]) -> dict[str, Timing]:
+    """Each entry of TIMED for `budget` seconds on rows (p, d) in float32. Calls `step(name)` before
+    each. dashpot's kernels are those that the dispatcher chooses."""
     rows = example_rows(d)
     inputs = _measure.rotated((rows,), "cpu")
     truth = flag_by_gram(rows.double())  # (d,)
@@ -239,7 +247,8 @@ def time_rules(d: int, step: Callable[[str], None] = lambda label: None) -> dict
         error = None
         if name.startswith("flag"):
             error = ((rule(rows) - truth).norm() / truth.norm()).item()
-        timings[name] = Timing(statistics.median(_measure.times(rule, inputs, 2, "cpu")), error)
+        seconds = _measure.times(rule, inputs, budget, "cpu")
+        timings[name] = Timing(statistics.median(seconds), error)
     return timings
 
 
@@ -249,37 +258,47 @@ def time_rules(d: int, step: Callable[[str], None] = lambda label: None) -> dict
 
 @dataclass
 class Result:
-    """accuracy[attack][rule]: (step, accuracy) pairs; timings by name as in TIMED."""
+    """accuracy[attack][rule]: (step, accuracy) pairs up to `steps`; timings, by name as in TIMED,
+    on d coordinates."""
 
     accuracy: dict[str, dict[str, list[tuple[int, float]]]]
+    steps: int
     timings: dict[str, Timing]
+    d: int
 
 
-def run(output: str | Path = "demo.png", quick: bool = False) -> Result:
-    """Train under each attack with each rule, time the rules, print both, plot to `output`."""
+def run(output: str | Path | None = None, quick: bool = False) -> None:
+    """Train under each attack with each rule, time the rules, print both, plot to `output`
+    (demo.png). quick: fewer attacks, steps and coordinates."""
     _require("matplotlib", "numpy", "sklearn")
+    report(compute(quick), output or "demo.png")
+
+
+def compute(quick: bool) -> Result:
     attacks = QUICK_ATTACKS if quick else tuple(ATTACKS)
-    steps, d = (60, 100_000) if quick else (150, 1_000_000)
+    steps, d, budget = (60, 100_000, 0.3) if quick else (150, 1_000_000, 2.0)
     data = load_digits()
-    result = Result({}, {})
+    curves = {}
     with _terminal.progress(len(attacks) * len(RULES) * steps + len(TIMED), "demo") as step:
         with _check.threads(1):  # matrices this small: threads would only wait for each other
             for attack in attacks:
-                result.accuracy[attack] = {
+                curves[attack] = {
                     name: train(
                         data, rule, ATTACKS[attack], steps, partial(step, f"{attack}: {name}")
                     )
                     for name, rule in RULES.items()
                 }
-        result.timings = time_rules(d, step)
-    _print(result, d, steps)
-    _plot(result, d, output)
+        return Result(curves, steps, time_rules(d, budget, step), d)
+
+
+def report(result: Result, output: str | Path) -> None:
+    _print(result)
+    _plot(result, output)
     print(
         f"The plot is in {output}, and in your own training loop the rule is one line, "
         'update = dashpot.flag_aggregate(grads, output="rescaled"), where grads is a tensor '
         "(p, ...), a list of p tensors or p lists of parameters' gradients."
     )
-    return result
 
 
 def _require(*modules: str) -> None:
@@ -290,7 +309,7 @@ def _require(*modules: str) -> None:
         )
 
 
-def _print(result: Result, d: int, steps: int) -> None:
+def _print(result: Result) -> None:
     parameters = sum(parameter.numel() for parameter in classifier().parameters())
     print(
         f"A classifier of handwritten digits ({parameters:,} parameters), trained by {WORKERS} "
@@ -302,7 +321,7 @@ def _print(result: Result, d: int, steps: int) -> None:
             [attack, *(f"{history[-1][1]:.3f}" for history in by_rule.values())]
             for attack, by_rule in result.accuracy.items()
         ],
-        title=f"Accuracy on held-out images after {steps} steps (chance: 0.1)",
+        title=f"Accuracy on held-out images after {result.steps} steps (chance: 0.1)",
     )
     own = next(iter(result.timings.values())).seconds
     _terminal.table(
@@ -316,12 +335,12 @@ def _print(result: Result, d: int, steps: int) -> None:
             ]
             for name, timing in result.timings.items()
         ],
-        title=f"Time of one aggregation, p = {WORKERS}, d = {d:,}, float32, "
+        title=f"Time of one aggregation, p = {WORKERS}, d = {result.d:,}, float32, "
         f"{torch.get_num_threads()} threads",
     )
 
 
-def _plot(result: Result, d: int, output: str | Path) -> None:
+def _plot(result: Result, output: str | Path) -> None:
     from matplotlib.figure import Figure
 
     columns = 3
@@ -346,6 +365,7 @@ def _plot(result: Result, d: int, output: str | Path) -> None:
     axes.set_xscale("log")
     axes.set_xlim(min(values) / 3, max(values) * 3)
     axes.set_title(
-        f"time of one aggregation, p = {WORKERS}, d = {d:,}, float32 (ms, logarithmic)", fontsize=10
+        f"time of one aggregation, p = {WORKERS}, d = {result.d:,}, float32 (ms, logarithmic)",
+        fontsize=10,
     )
     figure.savefig(output, dpi=120)

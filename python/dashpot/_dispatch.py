@@ -604,7 +604,8 @@ def public(function: Callable) -> Callable:
     def call(*args, **kwargs):
         if args and isinstance(args[0], torch.Tensor):  # the common case costs one check
             return function(*args, **kwargs)
-        array = next((leaf for leaf in _leaves(args) if _is_array(leaf)), None)
+        leaves = _leaves((*args, *kwargs.values()))
+        array = next((leaf for leaf in leaves if _is_array(leaf)), None)
         if array is None:
             return function(*args, **kwargs)
         args, kwargs = _map(torch.from_dlpack, _is_array, (args, kwargs))

@@ -237,6 +237,7 @@ GRAM = declare(
     inputs=_gram_inputs,
     floor=_gram_floor,
     sizes=_ROW_SIZES,
+    prefer="cuda",  # bench/aggregate/bench_gram.py: operands go from memory to registers
 )
 
 
@@ -431,6 +432,7 @@ COMBINE = declare(
     inputs=_combine_inputs,
     floor=_combine_floor,
     sizes=_ROW_SIZES,
+    prefer="cuda",  # bench/aggregate/bench_combine.py: as fast as Triton's, quicker to launch
 )
 
 

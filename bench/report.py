@@ -1,0 +1,208 @@
+"""python -m bench.report RESULTS.json [...]: tables and plots from `pytest bench --benchmark-json`.
+
+    --table            print one markdown table per op (the default if nothing else is asked for)
+    --plots DIR        one plot per family: time over size, a line per contender, the floor dashed
+    --update FILE      replace what stands between <!-- bench:NAME --> and <!-- /bench --> in FILE
+
+NAME is an op, or "dispatch"; key=value pairs after it choose rows, as in
+<!-- bench:flag_aggregate dtype=float32 threads=2 -->. Keys: those of a row and its options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dashpot._bench import duration, plot, size_label
+from dashpot._dispatch import REGISTRY
+
+BLOCK = re.compile(r"(<!-- bench:(?P<what>[^>]*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
+_ASIDE = "reference"  # not dashpot's own speed: a column, like a peer
+
+
+def read(paths: Sequence[str]) -> list[dict]:
+    """The rows of pytest-benchmark files; a file that has none is an error."""
+    rows = []
+    for path in paths:
+        found = [entry["extra_info"] for entry in json.loads(Path(path).read_text())["benchmarks"]]
+        found = [row for row in found if "op" in row]
+        if not found:
+            raise ValueError(
+                f"{path}: expected results of `pytest bench --benchmark-json`, got none"
+            )
+        rows += found
+    return rows
+
+
+# --------------------------------------------------------------------------------------------
+# Selection
+
+
+def value_of(row: dict, key: str) -> str:
+    if key in row.get("options", {}):
+        return f"{row['options'][key]:g}"
+    if key not in row:
+        raise ValueError(f"key: expected one of {', '.join((*row, *row['options']))}, got {key!r}")
+    return size_label(row["size"]) if key == "size" else str(row[key])
+
+
+def select(rows: Sequence[dict], what: str) -> list[dict]:
+    """Rows of `NAME key=value ...`; none is an error: an empty table says nothing."""
+    name, *filters = what.split()
+    chosen = [row for row in rows if row["op"] == name]
+    for text in filters:
+        key, _, value = text.partition("=")
+        chosen = [row for row in chosen if value_of(row, key) in value.split(",")]
+    if not chosen:
+        raise ValueError(f"bench:{what}: expected at least one row, got none in these results")
+    return chosen
+
+
+# --------------------------------------------------------------------------------------------
+# Tables
+
+
+def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] * len(headers)
+    return "".join("| " + " | ".join(line) + " |\n" for line in (headers, rule, *lines))
+
+
+def table(rows: Sequence[dict]) -> str:
+    """One op's table: a line per case, dashpot's time, its share of the floor, x against each."""
+    if rows[0]["op"] == "dispatch":
+        return dispatch_table(rows)
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        key = (row["device_name"], *_case(row))
+        groups.setdefault(key, {})[row["contender"]] = row
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    others = [name for name in names if _is_peer(rows, name)]
+    own = [name for name in names if name not in others]
+    several = len({key[0] for key in groups}) > 1
+    headers = ["size", "dtype", *rows[0]["options"], "threads", "backend", "dashpot", "of floor"]
+    headers = (["device"] if several else []) + headers + [f"vs {name}" for name in others]
+    lines = []
+    for key, group in groups.items():
+        for name in own:
+            if name in group:
+                row = group[name]
+                cells = [*key[1:], name, duration(row["median"]), f"{row['share']:.0%}"]
+                cells += [_speedup(row, group.get(other)) for other in others]
+                lines.append(([key[0]] if several else []) + cells)
+    return markdown(headers, lines)
+
+
+def _case(row: dict) -> tuple[str, ...]:
+    options = (value_of(row, name) for name in row["options"])
+    return (size_label(row["size"]), row["dtype"], *options, str(row["threads"]))
+
+
+def _is_peer(rows: Sequence[dict], name: str) -> bool:
+    if name == _ASIDE:
+        return True
+    return any(row["contender"] == name and row["kind"] == "peer" for row in rows)
+
+
+def _speedup(row: dict, other: dict | None) -> str:
+    return f"{other['median'] / row['median']:.3g}x" if other else ""
+
+
+def dispatch_table(rows: Sequence[dict]) -> str:
+    return markdown(
+        ("call", "gradient", "backend's function", "whole call", "added", "budget"),
+        [
+            (
+                row["way"], "yes" if row["mode"] == "grad" else "no",
+                f"{row['direct_us']:.2f} us", f"{row['call_us']:.2f} us",
+                f"{row['added_us']:.2f} us",
+                f"{row['budget_us']:g} us" if row["budget_us"] is not None else "",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def tables(rows: Sequence[dict]) -> str:
+    """Every op's table under its name and machine."""
+    parts = []
+    for name in dict.fromkeys(row["op"] for row in rows):
+        chosen = [row for row in rows if row["op"] == name]
+        machines = dict.fromkeys(f"{row['device_name']}, torch {row['torch']}" for row in chosen)
+        parts.append(f"### {name}\n\n{'; '.join(machines)}\n\n{table(chosen)}")
+    return "\n".join(parts)
+
+
+def update(text: str, rows: Sequence[dict]) -> str:
+    """`text` with every block's content replaced."""
+    if not BLOCK.search(text):
+        raise ValueError("--update: expected a <!-- bench:NAME --> ... <!-- /bench -->, got none")
+    return BLOCK.sub(lambda m: f"{m[1]}{table(select(rows, m['what']))}{m[3]}", text)
+
+
+# --------------------------------------------------------------------------------------------
+# Plots
+
+
+def plots(rows: Sequence[dict], folder: str) -> list[Path]:
+    """One file per family and device: the first dtype and the largest thread count, a panel for
+    each op and its options."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    rows = [row for row in rows if row["op"] in REGISTRY]
+    files = []
+    for family, device in dict.fromkeys((_family(row), row["device"]) for row in rows):
+        chosen = [row for row in rows if (_family(row), row["device"]) == (family, device)]
+        threads = max(row["threads"] for row in chosen)
+        firsts = {name: _first_dtype(chosen, name) for name in {row["op"] for row in chosen}}
+        chosen = [
+            row for row in chosen if row["threads"] == threads and row["dtype"] == firsts[row["op"]]
+        ]
+        title = f"{chosen[0]['device_name']}, {threads} threads, torch {chosen[0]['torch']}"
+        files.append(Path(folder) / f"{family}_{device}.svg")
+        plot(chosen, str(files[-1]), title, _panel)
+    return files
+
+
+def _family(row: dict) -> str:
+    return REGISTRY[row["op"]].family
+
+
+def _first_dtype(rows: Sequence[dict], op: str) -> str:
+    return next(row["dtype"] for row in rows if row["op"] == op)
+
+
+def _panel(row: dict) -> str:
+    options = [f"{name}={value_of(row, name)}" for name in row["options"]]
+    return " ".join((row["op"], row["dtype"], *options))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("results", nargs="+", metavar="RESULTS.json")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--plots", metavar="DIR")
+    parser.add_argument("--update", metavar="FILE")
+    options = parser.parse_args(argv)
+    try:
+        rows = read(options.results)
+        if options.table or not (options.plots or options.update):
+            print(tables(rows), end="")
+        if options.plots:
+            for file in plots(rows, options.plots):
+                print(file, file=sys.stderr)
+        if options.update:
+            path = Path(options.update)
+            path.write_text(update(path.read_text(), rows))
+    except ValueError as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
