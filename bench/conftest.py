@@ -79,6 +79,9 @@ class Plan:
         return " ".join((self.op, size_label(self.size), dtype, *options, f"t={self.threads}"))
 
 
+PLANS: dict[str, Plan] = {}  # by name: a parameter goes into the results, so it is a string
+
+
 def _threads(config) -> list[int]:
     text, own = config.getoption("threads"), torch.get_num_threads()
     if text:
@@ -108,22 +111,17 @@ def plans(config, module) -> list[Plan]:
 def pytest_generate_tests(metafunc):
     if "measure" not in metafunc.fixturenames:
         return
-    metafunc.parametrize(
-        "measure",
-        [
-            pytest.param(
-                plan,
-                id=f"{plan.group} {plan.contender}",
-                marks=pytest.mark.benchmark(timer=CLOCK, group=plan.group),
-            )
-            for plan in plans(metafunc.config, metafunc.module)
-        ],
-        indirect=True,
-    )
+    params = []
+    for plan in plans(metafunc.config, metafunc.module):
+        name = f"{plan.group} {plan.contender}"
+        PLANS[name] = plan
+        mark = pytest.mark.benchmark(timer=CLOCK, group=plan.group)
+        params.append(pytest.param(name, id=name, marks=mark))
+    metafunc.parametrize("measure", params, indirect=True)
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    machine_info.pop("node")  # results are published: no host names
+    machine_info.clear()  # results are published: nothing that names the host
     machine_info.update(environment(DEVICE))
 
 
@@ -155,7 +153,7 @@ def shared() -> Shared:
 
 @pytest.fixture
 def measure(request, benchmark, shared):
-    plan: Plan = request.param
+    plan = PLANS[request.param]
     config = request.config
     seconds = config.getoption("time") or (0.05 if config.getoption("quick") else 0.15)
 

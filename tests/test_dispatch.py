@@ -300,6 +300,22 @@ def test_the_backend_of_the_forward_serves_the_backward(scale, calls):
     assert calls == [("quick", "forward"), ("quick", "backward")]
 
 
+def test_kernels_get_contiguous_tensors(scale, backends):
+    """The gradient of a sum is one number, expanded; torch.ops takes any strides."""
+    strides = []
+
+    def noted(tensor, *args):
+        strides.append(tensor.stride())
+        return tensor * args[-1]
+
+    backends.quick.scale_forward = backends.quick.scale_backward = noted
+    with dashpot.backend("quick"):
+        scale(X.clone().requires_grad_(), 2.0).sum().backward()
+        y = torch.ops.dashpot.scale_forward(X.reshape(3, 1).expand(3, 2), 2.0)
+    assert torch.equal(y, 2 * X[:, None].expand(3, 2))
+    assert strides == [(1,), (1,), (2, 1)]
+
+
 @pytest.fixture
 def root(library, backends, calls):
     """y = sqrt(x), whose backward reads y: a residual."""

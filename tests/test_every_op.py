@@ -19,6 +19,7 @@ FLOAT64 = pytest.mark.cases(dtypes=torch.float64, differentiable=True, kind="op"
 ONE_DTYPE = pytest.mark.cases(dtypes="one")
 ONE = pytest.mark.cases(dtypes="one", backends="preferred")
 ONE_GRADIENT = pytest.mark.cases(dtypes="one", backends="preferred", differentiable=True)
+MAY_END_IN_TORCH = ("triton",)  # a launcher may add its partial results by a torch function
 CUDA = pytest.mark.cases(dtypes="one", backends="kernels", device="cuda")
 
 
@@ -83,8 +84,9 @@ def test_outputs_lie_in_poisoned_memory(case, poison):
     args = case.inputs()
     poison.clear()
     outputs = tensors_of(case(*args))
-    assert outputs
-    assert {output.untyped_storage().data_ptr() for output in outputs} <= poison
+    assert outputs and poison
+    if case.backend not in MAY_END_IN_TORCH:
+        assert {output.untyped_storage().data_ptr() for output in outputs} <= poison
 
 
 @pytest.mark.cases(sizes="large")
@@ -154,12 +156,12 @@ def expanded(tensor):
 @pytest.mark.parametrize("layout", [transposed, strided, expanded], ids=lambda f: f.__name__)
 @ONE_DTYPE
 def test_strides(case, layout):
-    """A public function takes any strides; an op may refuse them, but never misread them."""
+    """What a user can call, the public function and the registered op, takes any strides."""
     args = moved(case.inputs(), layout)
-    try:
-        case.judge(case(*args), moved(args, lambda tensor: tensor.clone().contiguous()))
-    except ValueError as error:
-        assert "contiguous" in str(error) and not isinstance(case.op, Chain)
+    function = case.op if isinstance(case.op, Chain) else case.op.forward_op
+    with case.forced():
+        outputs = function(*args)
+    case.judge(outputs, moved(args, lambda tensor: tensor.clone().contiguous()))
 
 
 @pytest.mark.cases(sizes="large")

@@ -205,7 +205,8 @@ DASHPOT_HD void flag_solve(const Team& team, const double* k, int p, const FlagO
       double share = 0, total = 0;
       for (int l = 0; l < p; ++l) share += z[l * p + i] * z[l * p + i];
       for (int j = 0; j < p; ++j) total += z[i * p + j] * t[j];
-      new_v[i] = share > 1 - 1e-14 ? 1 : share;  // 1 - v below that is rounding
+      // A dropped worker has no share but rounding; 1 - v below 1e-14 is rounding too.
+      new_v[i] = inverse[i] == 0 ? 0 : share > 1 - 1e-14 ? 1 : share;
       h[i] = total;
     }
     team.sync();

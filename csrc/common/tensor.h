@@ -27,13 +27,13 @@ struct Names {
   PyObject* dtype = PyUnicode_InternFromString("dtype");
   PyObject* numel = PyUnicode_InternFromString("numel");
   PyObject* dim = PyUnicode_InternFromString("dim");
-  PyObject* size = PyUnicode_InternFromString("size");
   PyObject* get_device = PyUnicode_InternFromString("get_device");
   PyObject* new_empty = PyUnicode_InternFromString("new_empty");
   PyObject* is_contiguous = PyUnicode_InternFromString("is_contiguous");
   PyObject* get_num_threads = PyUnicode_InternFromString("get_num_threads");
   PyObject* torch = PyImport_ImportModule("torch");
   PyObject* tensor_type = torch ? PyObject_GetAttrString(torch, "Tensor") : nullptr;
+  PyObject* dtype_keyword = Py_BuildValue("(s)", "dtype");
   PyObject* dtypes[kDtypes] = {};
   Names() {
     if (!torch) throw py::error_already_set();
@@ -96,13 +96,25 @@ struct Tensor {
                                 py::cast<std::string>(py::str(dtype)));
   }
 
-  // An uninitialised tensor on this one's device.
-  Tensor new_empty(std::initializer_list<int64_t> shape, Dtype dtype) const {
+  // An uninitialised, contiguous tensor on this one's device.
+  Tensor new_empty(std::initializer_list<int64_t> shape, Dtype type) const {
+    const Names& name = names();
     py::tuple size(shape.size());
+    Tensor tensor;
+    tensor.dtype = type;
+    tensor.numel = 1;
     size_t axis = 0;
-    for (int64_t length : shape) size[axis++] = length;
-    return from(object.attr("new_empty")(size, py::arg("dtype") = py::reinterpret_borrow<py::object>(
-                                                   names().dtypes[static_cast<int>(dtype)])));
+    for (const int64_t length : shape) {
+      size[axis++] = length;
+      tensor.numel *= length;
+    }
+    PyObject* const arguments[] = {object.ptr(), size.ptr(), name.dtypes[static_cast<int>(type)]};
+    tensor.object = py::reinterpret_steal<py::object>(
+        PyObject_VectorcallMethod(name.new_empty, arguments, 2, name.dtype_keyword));
+    if (!tensor.object) throw py::error_already_set();
+    tensor.data = reinterpret_cast<void*>(
+        PyLong_AsUnsignedLongLong(call(tensor.object.ptr(), name.data_ptr).ptr()));
+    return tensor;
   }
 };
 

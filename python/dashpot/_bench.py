@@ -159,6 +159,7 @@ def plot(
 
     rows: as `asdict(Row)`; the size is what the floor moves, in bytes. panel: the panel of a row.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys(panel(row) for row in rows))
@@ -172,7 +173,8 @@ def plot(
     for axis in list(axes)[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(title, fontsize="small")
-    figure.savefig(path)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "dashpot"}):  # small, reproducible
+        figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
 def _panel(axis, rows: Sequence[dict]) -> None:

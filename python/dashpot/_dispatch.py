@@ -138,6 +138,9 @@ class _Plan:
     """Where each argument of `<op>_backward` comes from; read off the two schemas' names."""
 
     takes: list[tuple[str, int]] = field(default_factory=list)  # ("grad"|"arg"|"out"|"needs", i)
+    saved_args: list[int] = field(default_factory=list)  # tensor arguments among them
+    saved_outs: list[int] = field(default_factory=list)
+    options: list[int] = field(default_factory=list)  # other arguments among them
     gives: list[int] = field(default_factory=list)  # which forward argument each gradient is of
     residual_free: bool = True  # uses no forward output, so its formula can be differentiated
 
@@ -201,7 +204,7 @@ class Op:
             elif kernel is self._reference:
                 out = kernel.forward(*args)
             else:
-                out = _Differentiable.apply(self, kernel, args, *tensors)
+                out = _differentiable(self, kernel, args, *tensors)
                 if self.outputs == 1 and not self._returns_list:
                     return out[0]
                 return list(out) if self._returns_list else out
@@ -334,39 +337,43 @@ class Op:
                 plan.residual_free = False
             else:
                 plan.takes.append(("grad", self._returns.index(name.removeprefix("grad_"))))
+        named = [i for kind, i in plan.takes if kind == "arg"]
+        plan.saved_args = [i for i in named if i in self._slots]
+        plan.options = [i for i in named if i not in self._slots]
+        plan.saved_outs = [i for kind, i in plan.takes if kind == "out"]
         plan.gives = [
             self.arguments.index(out.name.removeprefix("grad_")) for out in schema.returns
         ]
         return plan
 
     def _save(self, ctx, args: Sequence, outs: Sequence) -> None:
-        """Keep what `<op>_backward` names: tensors where hooks see them, options beside."""
-        saved, layout = [], []
-        for kind, i in self._plan.takes:
-            value = args[i] if kind == "arg" else outs[i] if kind == "out" else None
-            if isinstance(value, torch.Tensor):
-                saved.append(value)
-                layout.append(None)
-            elif isinstance(value, list | tuple) and value and isinstance(value[0], torch.Tensor):
+        """Keep what `<op>_backward` names: tensors where hooks see them, options beside, and how
+        many tensors each tensor argument holds."""
+        plan, saved = self._plan, []
+        for i in plan.saved_args:
+            value = args[i]
+            if i in self._lists:
                 saved += value
-                layout.append(len(value))
-            else:
-                layout.append((value,))
+            elif value is not None:
+                saved.append(value)
+        for i in plan.saved_outs:
+            saved.append(outs[i])
         ctx.save_for_backward(*saved)
-        ctx.layout = layout
+        counts = [len(args[i]) if i in self._lists else args[i] is not None for i in self._slots]
+        ctx.kept = counts, [args[i] for i in plan.options]
 
     def _backward_args(self, ctx, grads: Sequence, needs: list[bool]) -> list:
-        saved, args = iter(ctx.saved_tensors), []
-        for (kind, i), how in zip(self._plan.takes, ctx.layout, strict=True):
-            if kind == "grad":
-                args.append(grads[i])
-            elif kind == "needs":
-                args.append(needs)
-            elif how is None:
-                args.append(next(saved))
+        saved, (counts, options) = iter(ctx.saved_tensors), ctx.kept
+        args = dict(zip(self._plan.options, options, strict=True))
+        for i in self._plan.saved_args:
+            count = counts[self._slots.index(i)]
+            if i in self._lists:
+                args[i] = [next(saved) for _ in range(count)]
             else:
-                args.append([next(saved) for _ in range(how)] if isinstance(how, int) else how[0])
-        return args
+                args[i] = next(saved) if count else None
+        outs = {i: next(saved) for i in self._plan.saved_outs}
+        sources = {"grad": grads, "arg": args, "out": outs, "needs": [needs]}
+        return [sources[kind][i] for kind, i in self._plan.takes]
 
     def _filled(self, function: Callable) -> Callable:
         """A backward whose gradients left out (None) become empty: a schema has no None."""
@@ -394,10 +401,12 @@ class Op:
         return getattr(torch.ops.dashpot, name).default
 
     def _run(self, *args):
+        args = _contiguous(args)
         with torch.no_grad():
             return self._choose(self._flatten(args)[0], args).forward(*args)
 
     def _run_backward(self, *args):
+        args = _contiguous(args)
         first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
         kernels = self.kernels(first.device.type) if _forced.get() is None else ()
         run = next((kernel.backward for kernel in kernels if kernel.backward is not None), None)
@@ -427,6 +436,12 @@ def _no_autocast(device: str) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
+def _contiguous(args: tuple) -> tuple:
+    """What kernels take. Public functions see to it themselves; autograd and callers of
+    torch.ops.dashpot do not."""
+    return _map(torch.Tensor.contiguous, _is_tensor, args)
+
+
 def _any(needs) -> bool:
     return any(needs) if isinstance(needs, list | tuple) else bool(needs)
 
@@ -438,16 +453,12 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx, op: Op, kernel: Kernel, args: tuple, *tensors):
         out = kernel.forward(*args)
         if op._returns_list:
-            op._save(ctx, args, (out,))
-            public = tuple(out)
+            out = public = tuple(out)
         else:
-            outs = out if isinstance(out, tuple) else (out,)
-            op._save(ctx, args, outs)
-            public = outs[: op.outputs]
+            out = out if isinstance(out, tuple) else (out,)
+            public = out[: op.outputs] if op._sliced else out
         ctx.op, ctx.kernel = op, kernel
-        ctx.counts = [
-            len(args[i]) if i in op._lists else int(args[i] is not None) for i in op._slots
-        ]
+        op._save(ctx, args, out)
         return public
 
     @staticmethod
@@ -462,9 +473,12 @@ class _Differentiable(torch.autograd.Function):
                 )
             run = op.reference_backward
         needs, start = [], 3
-        for count in ctx.counts:
+        counts = ctx.kept[0]
+        for count in counts:
             needs.append(any(ctx.needs_input_grad[start : start + count]))
             start += count
+        if kernel.backward is not None:
+            grads = _contiguous(grads)  # that of a sum is one number, expanded
         args = op._backward_args(ctx, [list(grads)] if op._returns_list else grads, needs)
         with _no_autocast(grads[0].device.type):
             out = run(*args)
@@ -472,10 +486,14 @@ class _Differentiable(torch.autograd.Function):
             zip(op._plan.gives, out if isinstance(out, tuple) else (out,), strict=True)
         )
         result = [None, None, None]
-        for i, count, need in zip(op._slots, ctx.counts, needs, strict=True):
+        for i, count, need in zip(op._slots, counts, needs, strict=True):
             grad = by_argument.get(i) if need else None
             result += list(grad) if grad is not None and i in op._lists else [grad] * count
         return tuple(result)
+
+
+# Function.apply without its look for torch.func transforms, which Op.__call__ has already had.
+_differentiable = super(torch.autograd.Function, _Differentiable).apply
 
 
 def declare(name: str, *, forward: str, reference: Callable, inputs: Callable, floor: Callable,

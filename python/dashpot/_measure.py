@@ -28,7 +28,7 @@ from dashpot._info import device_name
 
 PEER_LIMIT = 1e-2
 MIN_ROUNDS = 3
-MAX_ROUNDS = 2000
+MAX_ROUNDS = 400
 STRETCHES = 8  # of timed calls, each followed by one of copies
 _BATCH = 1e-3  # seconds of work between two CUDA events
 _COPIES = 64  # of the inputs at most; below that they are realistic to find in a cache
