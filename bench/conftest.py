@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -89,6 +90,16 @@ def _threads(config) -> list[int]:
     return [own] if DEVICE == "cuda" or config.getoption("quick") else sorted({1, own})
 
 
+def _alike(op, size: tuple) -> tuple:
+    """The largest test size of the same form: who takes it is asked before anything is timed."""
+
+    def form(size: tuple) -> list:
+        return [type(value) for value in size]
+
+    alike = [one for one in op.sizes["test"] if form(one) == form(size)]
+    return max(alike, key=lambda one: math.prod(n for n in one if isinstance(n, int)))
+
+
 def plans(config, module) -> list[Plan]:
     """The rows of a bench file; those on the same inputs stand together."""
     op, quick = REGISTRY[module.OP], config.getoption("quick")
@@ -97,7 +108,7 @@ def plans(config, module) -> list[Plan]:
     for (size, dtype), options in itertools.product(
         rows[:2] if quick else rows, getattr(module, "OPTIONS", [{}])
     ):
-        small = _measure.case(op, op.sizes["test"][-1], dtype, DEVICE, **options)
+        small = _measure.case(op, _alike(op, size), dtype, DEVICE, **options)
         contenders = [(name, None) for name in small.backends()] + [
             (name, peer.function)
             for name, peer in getattr(module, "PEERS", {}).items()

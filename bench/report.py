@@ -81,7 +81,8 @@ def table(rows: Sequence[dict]) -> str:
         groups.setdefault(key, {})[row["contender"]] = row
     names = list(dict.fromkeys(row["contender"] for row in rows))
     others = [name for name in names if _is_peer(rows, name)]
-    own = [name for name in names if name not in others]
+    own = [name for name in names if name not in others] or [_ASIDE]
+    others = [name for name in others if name not in own]
     several = len({key[0] for key in groups}) > 1
     headers = ["size", "dtype", *rows[0]["options"], "threads", "backend", "dashpot", "of floor"]
     headers = (["device"] if several else []) + headers + [f"vs {name}" for name in others]

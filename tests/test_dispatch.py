@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import dashpot
 import pytest
 import torch
-from dashpot import _dispatch
+from dashpot import _arrays, _dispatch
 from dashpot._dispatch import BACKENDS, REGISTRY, Backend
 
 SCALE = "(Tensor x, float factor) -> (Tensor y)"
@@ -470,7 +470,7 @@ def test_numpy_shares_memory():
     assert result.ctypes.data == out.ctypes.data
     assert abs(out - rows.sum(0)).max() < 1e-6
     seen = []
-    spy = _dispatch.public(lambda x: seen.append(x.data_ptr()) or x)
+    spy = _arrays.public(lambda x: seen.append(x.data_ptr()) or x)
     back = spy(rows)
     assert seen == [rows.ctypes.data] and back.ctypes.data == rows.ctypes.data
 

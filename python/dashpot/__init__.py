@@ -1,18 +1,21 @@
 """dashpot: fast, exact PyTorch ops for training that is sparse, robust and regularised."""
 
-import importlib.util
+import importlib.util as _util
 
-import torch as _torch  # first: its OpenMP runtime is the one that dashpot._C links
+# torch comes first: its OpenMP runtime is the one that dashpot._C links.
+import torch as _torch  # noqa: F401
 
 from dashpot import aggregate, functional
-from dashpot._dispatch import REGISTRY, backend, explain
+from dashpot._dispatch import REGISTRY, backend
+from dashpot._explain import explain
 from dashpot.functional import *  # noqa: F403
 
 __version__ = "0.1.0"
+__all__ = ["REGISTRY", "aggregate", "backend", "explain", "functional", *functional.__all__]
 
 
 def _say_if_uncompiled() -> None:
-    if importlib.util.find_spec("dashpot._C") is None:
+    if _util.find_spec("dashpot._C") is None:
         import warnings
 
         warnings.warn(

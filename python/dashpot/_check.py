@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dashpot._dispatch import BACKENDS, ORDER, REGISTRY, Chain, Op, backend, explain
+from dashpot._dispatch import BACKENDS, ORDER, REGISTRY, Chain, Op, backend
+from dashpot._explain import explain
 
 FACTOR = 4.0
 SLACK = 2.0  # roundings of the output's dtype
@@ -143,7 +144,12 @@ def error_of(got: Tensor, truth: Tensor) -> float:
         return 0.0 if torch.equal(got, truth) else math.inf
     got, truth = got.double(), truth.double()
     same = (got == truth) | (got.isnan() & truth.isnan())
-    gap = torch.where(same, 0.0, (got - truth).abs()).nan_to_num(nan=math.inf, posinf=math.inf).max().item()
+    gap = (
+        torch.where(same, 0.0, (got - truth).abs())
+        .nan_to_num(nan=math.inf, posinf=math.inf)
+        .max()
+        .item()
+    )
     size = truth.where(truth.isfinite(), 0.0).abs().max().item()
     return gap / size if size > 0 else gap
 

@@ -19,7 +19,6 @@ import contextvars
 import functools
 import importlib
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -27,6 +26,8 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+from dashpot._arrays import is_tensor, map_leaves
 
 REGISTRY: dict[str, Op | Chain] = {}
 
@@ -109,7 +110,8 @@ def _split(names: str | None) -> tuple[str, ...] | None:
 
 
 _forced: contextvars.ContextVar[Any] = contextvars.ContextVar(
-    "dashpot_backend", default=_split(os.environ.get("DASHPOT_BACKEND"))
+    "dashpot_backend",
+    default=_split(os.environ.get("DASHPOT_BACKEND")),  # noqa: B039 (a tuple)
 )
 
 
@@ -133,6 +135,11 @@ def backend(name: str | None) -> Iterator[None]:
 # One op
 
 
+def _family(function: Callable) -> str:
+    """ "aggregate" of dashpot.aggregate, and of dashpot.aggregate.gram where it is a folder."""
+    return function.__module__.removeprefix("dashpot.").partition(".")[0]
+
+
 @dataclass
 class _Plan:
     """Where each argument of `<op>_backward` comes from; read off the two schemas' names."""
@@ -152,7 +159,7 @@ class Op:
                  reference_backward, fake, public, prefer):  # fmt: skip
         self.name, self.reference, self.reference_backward = name, reference, reference_backward
         self.inputs, self.floor, self.sizes, self.prefer = inputs, floor, sizes, prefer
-        self.family = reference.__module__.rsplit(".", 1)[-1]
+        self.family = _family(reference)
         self._kernels: dict[str, tuple[Kernel, ...]] = {}
         self._reference = Kernel("reference", self._run_reference, None, None, (), frozenset())
 
@@ -439,7 +446,7 @@ def _no_autocast(device: str) -> contextlib.AbstractContextManager:
 def _contiguous(args: tuple) -> tuple:
     """What kernels take. Public functions see to it themselves; autograd and callers of
     torch.ops.dashpot do not."""
-    return _map(torch.Tensor.contiguous, _is_tensor, args)
+    return map_leaves(torch.Tensor.contiguous, is_tensor, args)
 
 
 def _any(needs) -> bool:
@@ -517,8 +524,10 @@ def declare(name: str, *, forward: str, reference: Callable, inputs: Callable, f
     public: how many of the outputs the caller gets; the others are residuals of the backward.
     prefer: "cuda" where its kernel beats Triton's, with the benchmark named beside it.
     """
-    op = Op(name, forward, reference, inputs, floor, sizes, backward=backward,
-            reference_backward=reference_backward, fake=fake, public=public, prefer=prefer)  # fmt: skip
+    op = Op(
+        name, forward, reference, inputs, floor, sizes, backward=backward, fake=fake,
+        reference_backward=reference_backward, public=public, prefer=prefer,
+    )  # fmt: skip
     REGISTRY[name] = op
     return op
 
@@ -537,7 +546,7 @@ class Chain:
     differentiable: bool = True
 
     def __post_init__(self):
-        self.family = self.function.__module__.rsplit(".", 1)[-1]
+        self.family = _family(self.function)
 
     def __call__(self, *args):
         return self.function(*args)
@@ -577,91 +586,3 @@ class _Trace:
             _forced.reset(token)
         self.record(op, args, kernel.name, "by hand" if self.forced else None)
         return kernel
-
-
-@dataclass
-class Explanation:
-    """What `explain` found: rows of (op, backend, verdict)."""
-
-    rows: list[tuple[str, str, str]]
-
-    @property
-    def chosen(self) -> dict[str, str]:
-        """{op: the backend that served it}"""
-        return {op: name for op, name, verdict in self.rows if verdict.startswith("chosen")}
-
-    def __str__(self) -> str:
-        return "\n".join(f"{op:<18} {name:<10} {verdict}" for op, name, verdict in self.rows)
-
-    __repr__ = __str__
-
-
-def explain(function: Callable, *args, **kwargs) -> Explanation:
-    """Run `function(*args, **kwargs)` and say, for each op in it, what each backend answered.
-
-    >>> print(dashpot.explain(dashpot.gram, torch.randn(15, 1000)))  # doctest: +SKIP
-    """
-    trace = _Trace(_forced.get())
-    token = _forced.set(trace)
-    try:
-        function(*args, **kwargs)
-    finally:
-        _forced.reset(token)
-    return Explanation(trace.lines)
-
-
-# --------------------------------------------------------------------------------------------
-# Arrays
-
-
-def public(function: Callable) -> Callable:
-    """Mark a public function: arrays of other libraries (anything with `__dlpack__`: NumPy, CuPy,
-    JAX) become tensors without a copy, and its tensors go back as the caller's kind of array."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        if args and isinstance(args[0], torch.Tensor):  # the common case costs one check
-            return function(*args, **kwargs)
-        leaves = _leaves((*args, *kwargs.values()))
-        array = next((leaf for leaf in leaves if _is_array(leaf)), None)
-        if array is None:
-            return function(*args, **kwargs)
-        args, kwargs = _map(torch.from_dlpack, _is_array, (args, kwargs))
-        return _map(_from_dlpack_of(array), _is_tensor, function(*args, **kwargs))
-
-    return call
-
-
-def _is_tensor(value) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
-def _is_array(value) -> bool:
-    return hasattr(type(value), "__dlpack__") and not isinstance(value, torch.Tensor)
-
-
-def _leaves(values) -> Iterator:
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _leaves(value[:1])  # lists hold one kind: their first tells
-        else:
-            yield value
-
-
-def _map(function: Callable, test: Callable, value):
-    if test(value):
-        return function(value)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(function, test, one) for one in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_map(function, test, one) for one in value)
-    if isinstance(value, dict):
-        return {key: _map(function, test, one) for key, one in value.items()}
-    return value
-
-
-def _from_dlpack_of(array) -> Callable:
-    """`from_dlpack` of the library that the array comes from."""
-    if hasattr(array, "__array_namespace__"):
-        return array.__array_namespace__().from_dlpack
-    return sys.modules[type(array).__module__.partition(".")[0]].from_dlpack

@@ -125,7 +125,8 @@ def availability() -> list[tuple[str, ...]]:
             args = op.inputs(op.sizes["test"][0], torch.float32, torch.device(device), 0)
             for backend, reason in reasons(op, args).items():
                 # On a machine with a GPU each backend is asked with tensors of its own device.
-                if backend not in cells or reason is None:
+                own = backend in BACKENDS and device in BACKENDS[backend].devices
+                if backend not in cells or reason is None or (own and cells[backend] != "yes"):
                     cells[backend] = "yes" if reason is None else reason
         rows.append((f"{name}" if isinstance(op, Op) else f"{name} (chain)", *cells.values()))
     return rows

@@ -1,3 +1,6 @@
 """Every public op of every family under one roof, as in torch.nn.functional."""
 
+from dashpot import aggregate
 from dashpot.aggregate import *  # noqa: F403
+
+__all__ = [*aggregate.__all__]

@@ -131,6 +131,14 @@ def test_out_takes_no_gradient(backend, random_rows):
     assert torch.equal(out, dashpot.combine(rows, coeffs))
 
 
+def test_any_strides(backend64, random_rows):
+    rows = random_rows(1, 26, device=backend64.device).expand(4, 26)
+    coeffs = coefficients(8, backend64.device)[::2]
+    want = coeffs.sum() * rows[0, ::2]
+    torch.testing.assert_close(dashpot.combine(rows[:, ::2], coeffs), want)
+    torch.testing.assert_close(dashpot.combine(list(rows[:, ::2]), coeffs), want)
+
+
 def test_gradients(backend64, random_rows):
     """dg_i = c_i du, dc_i = <g_i, du>."""
     rows = random_rows(4, 19, device=backend64.device).requires_grad_()

@@ -116,6 +116,13 @@ def test_parameters_of_mixed_dtypes(backend, random_rows):
     torch.testing.assert_close(dashpot.gram(lists), parts @ parts.mT, rtol=1e-12, atol=1e-12)
 
 
+def test_rows_of_stride_zero(backend64, random_rows):
+    rows = random_rows(1, 26, device=backend64.device).expand(4, 26)
+    want = rows[0].square().sum().expand(4, 4)
+    torch.testing.assert_close(dashpot.gram(rows), want, rtol=1e-13, atol=0)
+    torch.testing.assert_close(dashpot.gram(list(rows[:, ::2])), dashpot.gram(rows[:, ::2]))
+
+
 def test_gradient(backend64, random_rows):
     """dG = (dK + dK^T) G, for an asymmetric dK too."""
     rows = random_rows(4, 19, device=backend64.device).requires_grad_()
