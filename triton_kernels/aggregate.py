@@ -6,6 +6,7 @@ Lists of tensors go to the CUDA kernels, which take pointers by value.
              inner dimension. 16-bit rows are exact in TF32, float32 rows take three TF32 products.
              Tensor cores cut off, not round, when they add, so only one tile's product is summed
              there, and tiles in float64; the programs' matrices are added by one torch reduction.
+             Where a square leaves float32's range a second kernel repeats it in float64.
     combine  u = c^T X, a row at a time in registers; chunks from the last to the first, because
              gram read forwards and left the last ones in the L2 cache.
 """
@@ -18,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 _CHUNK = 2048  # coordinates of a program, at least
+_WIDE = 128  # programs of the float64 pass
 
 
 @triton.jit
@@ -49,6 +51,35 @@ def _gram_forward_kernel(
         total += tl.dot(x, tl.trans(x), input_precision=PRECISION).to(tl.float64)
     at = partial_ptr + program * P * P + row[:, None] * P + row[None, :]
     tl.store(at, total)
+
+
+@triton.jit
+def _gram_wide_kernel(
+    x_ptr,  # (p, d)
+    mask_ptr,  # (p,) bool, read if HAS_MASK
+    k_ptr,  # (p, p) float64, what _gram_forward_kernel found
+    partial_ptr,  # (programs, P, P) float64
+    p,
+    d,
+    smallest,  # a sum of d squares below this may have lost digits to underflow
+    P: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """The same with every product in float64, if a square left float32's range; else zeros. A
+    coordinate at a time, by few programs: this is rarely asked."""
+    program = tl.program_id(0).to(tl.int64)
+    row = tl.arange(0, P)  # (P,)
+    live = row < p
+    if HAS_MASK:
+        live = live & (tl.load(mask_ptr + row, mask=live, other=0) != 0)
+    square = tl.load(k_ptr + row * p + row, mask=live, other=1.0)
+    fine = (square >= smallest) & (square <= 1.7976931348623157e308)
+    total = tl.zeros((P, P), tl.float64)
+    if tl.sum(tl.where(fine, 0, 1)) > 0:
+        for k in range(program, d, tl.num_programs(0)):
+            x = tl.load(x_ptr + row.to(tl.int64) * d + k, mask=live, other=0.0).to(tl.float64)
+            total += x[:, None] * x[None, :]
+    tl.store(partial_ptr + program * P * P + row[:, None] * P + row[None, :], total)
 
 
 @triton.jit
@@ -101,7 +132,16 @@ def gram_forward(grads: list[Tensor], mask: Tensor | None, p: int, accum: str) -
         P=padded, BLOCK=128 if padded <= 32 else 64, HAS_MASK=mask is not None,
         PRECISION="tf32x3" if x.dtype == torch.float32 else "tf32", num_warps=4,
     )  # fmt: skip
-    return partial.sum(0)[:p, :p].contiguous()
+    k = partial.sum(0)[:p, :p].contiguous()
+    smallest = 1e-30 * d
+    wide = torch.empty((_WIDE, padded, padded), dtype=torch.float64, device=x.device)
+    _gram_wide_kernel[(_WIDE,)](
+        x, x if mask is None else mask, k, wide, p, d, smallest,
+        P=padded, HAS_MASK=mask is not None, num_warps=4,
+    )  # fmt: skip
+    squares = k.diagonal() if mask is None else k.diagonal().where(mask, 1.0)
+    fine = ((squares >= smallest) & torch.isfinite(squares)).all()
+    return torch.where(fine, k, wide.sum(0)[:p, :p])
 
 
 def combine_supports(grads: list[Tensor], coeffs: Tensor, p: int) -> str | None:

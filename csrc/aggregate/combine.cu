@@ -37,7 +37,7 @@ union Packed {
 };
 
 template <class Acc, class T, int kVector>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     combine_kernel(const __grid_constant__ Table table, const double* coeffs, int64_t chunks) {
   __shared__ int live[kMaxWorkers];
   __shared__ Acc weight[kMaxWorkers];

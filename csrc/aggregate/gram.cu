@@ -19,7 +19,7 @@
 namespace dashpot::aggregate {
 namespace {
 
-constexpr int kChunks = 512;
+constexpr int kChunks = 1584;  // several waves of blocks on any GPU: the last one may be part full
 constexpr int kRun = 32;  // steps
 
 template <int kTile>
@@ -64,9 +64,11 @@ struct Operand {
   uint32_t part[kParts];
   __device__ __forceinline__ explicit Operand(uint32_t bits) {
     if constexpr (kParts == 2) {
-      const float x = __uint_as_float(bits), big = to_tf32(x);
-      part[0] = __float_as_uint(big);
-      part[1] = __float_as_uint(to_tf32(x - big));
+      // Integer operations: four times the rate of the conversion instruction. big is x cut off, so
+      // that NaN and inf stay; the rest is exact, and rounded.
+      part[0] = bits & 0xffffe000u;
+      const float rest = __uint_as_float(bits) - __uint_as_float(part[0]);
+      part[1] = (__float_as_uint(rest) + 0x1000u) & 0xffffe000u;
     } else {
       part[0] = bits;
     }
@@ -147,7 +149,7 @@ __device__ __forceinline__ void add_span(const LaneRows<In, kTile / 8>& a,
 
 // Grid: (tile pair, chunk), tile pairs fastest. partials (chunks, tile pairs, kTile, kTile).
 template <class In, int kTile, bool aligned>
-__global__ void __launch_bounds__(32 * kWarpsOf<kTile>, 2)
+__global__ void __launch_bounds__(32 * kWarpsOf<kTile>, kTile == 16 ? 3 : 2)
     gram_kernel(const __grid_constant__ Table table, const bool* mask, int64_t first_chunk,
                 double* partials) {
   constexpr int kWarps = kWarpsOf<kTile>, kGroups = kTile / 8;  // groups of 8 rows

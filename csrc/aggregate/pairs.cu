@@ -56,21 +56,23 @@ __device__ __forceinline__ void transpose_sum(Acc (&sum)[kEntries]) {
 }
 
 // A tile's rows. A row that is not to be read points to one that is, so that loads need no branch
-// (a branch would keep the compiler from having all of them in flight), and reads as 0.
+// (a branch would keep the compiler from having all of them in flight), and reads as 0. Pointers
+// stay in the kernel's parameters: the same for all threads, they need no registers of each.
 template <class In>
 struct TileRows {
-  const In* row[kTile];
+  const void* const* row;  // the segment's p rows
+  int64_t begin;
+  int place[kTile];
   uint32_t live;  // bit r: row r is read
 
   __device__ __forceinline__ TileRows(const Table& table, const Span& span, int tile,
-                                      const bool* mask) {
-    const void* const* rows = table.row + span.segment * table.p;
-    live = 0;
+                                      const bool* mask)
+      : row(table.row + span.segment * table.p), begin(span.begin), live(0) {
 #pragma unroll
     for (int r = 0; r < kTile; ++r) {
       const int i = tile * kTile + r;
       const bool read = i < table.p && (!mask || mask[i]);
-      row[r] = static_cast<const In*>(rows[read ? i : 0]) + span.begin;
+      place[r] = i < table.p ? i : 0;
       live |= static_cast<uint32_t>(read) << r;
     }
   }
@@ -78,7 +80,7 @@ struct TileRows {
   __device__ __forceinline__ void load(int64_t k, Acc (&x)[kTile]) const {
     In raw[kTile];
 #pragma unroll
-    for (int r = 0; r < kTile; ++r) raw[r] = row[r][k];
+    for (int r = 0; r < kTile; ++r) raw[r] = static_cast<const In*>(row[place[r]])[begin + k];
 #pragma unroll
     for (int r = 0; r < kTile; ++r) x[r] = live >> r & 1 ? device_cast<Acc>(raw[r]) : Acc(0);
   }
@@ -105,7 +107,7 @@ __device__ __forceinline__ void add_run(const TileRows<In>& a, const TileRows<In
 
 // Items (tile pair, chunk), tile pairs fastest, dealt out to the blocks of the grid.
 template <class F, class Acc, class In>
-__global__ void __launch_bounds__(kThreads, sizeof(Acc) == 4 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, 2)
     pairs_kernel(const __grid_constant__ Table table, const bool* mask, const int* redo,
                  int redo_count, int64_t items, int64_t first_chunk, double* partials) {
   __shared__ double totals[kWarps][kEntries];

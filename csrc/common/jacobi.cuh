@@ -35,9 +35,10 @@ __device__ __forceinline__ void jacobi_players(int pair, int round, int even, in
 // brings the matrix to the order of 1, where float32 holds whatever is not negligible.
 __device__ __forceinline__ void jacobi_rotation(double a_ii, double a_jj, double a_ij, double scale,
                                                 double& cosine, double& sine) {
-  const float ratio =
-      static_cast<float>((a_jj - a_ii) * scale) / (2 * static_cast<float>(a_ij * scale));
-  const float size = 1 / (fabsf(ratio) + sqrtf(ratio * ratio + 1));
+  const float ratio = __fdividef(static_cast<float>((a_jj - a_ii) * scale),
+                                 2 * static_cast<float>(a_ij * scale));
+  const float square_of_root = fmaf(ratio, ratio, 1.0f);
+  const float size = __fdividef(1.0f, fabsf(ratio) + square_of_root * rsqrtf(square_of_root));
   const double tangent = ratio < 0 ? -size : size;
   const double square = fma(tangent, tangent, 1.0);  // in [1, 2]
   double root = rsqrtf(static_cast<float>(square));
@@ -61,8 +62,7 @@ __device__ inline void jacobi_eigh(double* a, double* vectors, double* values, d
   }
   double largest = 0;
   for (int i = 0; i < n; ++i) largest = fmax(largest, fabs(a[i * n + i]));
-  // What rounding alone leaves off the diagonal grows with n; to chase it would not end.
-  const double negligible = 2.2e-16 * (n < 8 ? 8 : n) * largest, scale = 1 / largest;
+  const double negligible = 2e-15 * largest, scale = 1 / largest;  // rounding leaves 2e-16
   for (int sweep = 0; sweep < 15; ++sweep) {
     bool left = false;
     for (int e = rank; e < n * n; e += size) {

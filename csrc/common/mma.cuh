@@ -15,18 +15,6 @@
 
 namespace dashpot {
 
-// x rounded to TF32's 10 bits of mantissa, ties away from zero.
-__device__ __forceinline__ float to_tf32(float x) {
-#ifdef DASHPOT_EMULATE
-  if (!(fabsf(x) <= 3.4e38f)) return x;
-  return __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
-#else
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return __uint_as_float(bits);
-#endif
-}
-
 #ifdef DASHPOT_EMULATE
 // The same sums by shuffles; widen(register, half) reads one of a register's numbers.
 template <int kPerRegister, class Widen>

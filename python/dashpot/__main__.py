@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from dashpot import _bench, _check, _info
-from dashpot._dispatch import REGISTRY
+from dashpot._dispatch import BACKENDS, REGISTRY
 from dashpot._terminal import progress, table
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="compare every backend with the float64 reference")
     check.add_argument("ops", nargs="*", type=_op, metavar="OP", help="default: all")
     check.add_argument("--device", choices=_info.devices(), help="default: all of this machine")
+    check.add_argument(
+        "--backend", choices=(*BACKENDS, "reference"), help="this one alone; default: all"
+    )
+    check.add_argument("--quick", action="store_true", help="the first sizes alone")
     check.add_argument("--json", metavar="FILE", help="write the verdicts")
 
     bench = commands.add_parser("bench", help="time every op on every backend")
@@ -90,12 +94,12 @@ def _run_info() -> int:
     return 0
 
 
-def _run_check(ops: Sequence[str], devices: Sequence[str], json_file: str | None) -> int:
+def _run_check(ops, devices, json_file, only: str | None, quick: bool) -> int:
     rows: dict[tuple, _check.Row] = {}
     interrupted = False
     try:
-        with progress(_check.count(ops, "test", devices), "checking") as step:
-            _check.check(ops, devices, rows, step)
+        with progress(_check.count(ops, "test", devices, quick), "checking") as step:
+            _check.check(ops, devices, rows, step, only=only, quick=quick)
     except KeyboardInterrupt:
         print("Interrupted: what follows was checked before.")
         interrupted = True
@@ -123,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ops = options.ops or list(REGISTRY)
     if options.command == "check":
         devices = (options.device,) if options.device else _info.devices()
-        return _run_check(ops, devices, options.json)
+        return _run_check(ops, devices, options.json, options.backend, options.quick)
     with _check.threads(options.threads or torch.get_num_threads()):
         return _bench.main(
             ops, device=options.device, dtype=getattr(torch, options.dtype), sizes=options.sizes,

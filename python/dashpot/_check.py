@@ -426,31 +426,42 @@ class Row:
 HEADERS = ("op", "backend", "device", "dtype", "sizes", "error", "eager error", "limit", "result")
 
 
-def cases(op: Op | Chain, kind: str, device: str) -> Iterator[tuple[tuple, torch.dtype]]:
+QUICK = 6  # sizes: tiles and blocks, whole and in part
+
+
+def cases(
+    op: Op | Chain, kind: str, device: str, quick: bool = False
+) -> Iterator[tuple[tuple, torch.dtype]]:
     """(size, dtype) of an op's declared sizes; an op that fixes its dtype comes once."""
     first = op.sizes["test"][0]
     for dtype in _DTYPES:
         args = op.inputs(first, dtype, torch.device(device), 0)
         if any(x.dtype == dtype for x in flatten(args)):
-            for size in op.sizes[kind]:
+            for size in op.sizes[kind][: QUICK if quick else None]:
                 yield size, dtype
 
 
-def check(ops: Sequence[str], devices: Sequence[str], rows: dict, step: Callable) -> None:
+def check(
+    ops: Sequence[str], devices: Sequence[str], rows: dict, step: Callable, *,
+    only: str | None = None, quick: bool = False,
+) -> None:  # fmt: skip
     """Fill rows {(op, backend, device, dtype): Row}; filled as it goes, so that an interruption
-    leaves what was found."""
+    leaves what was found. only: the one backend to check; quick: the first sizes alone."""
     for name in ops:
         op = REGISTRY[name]
         for device in devices:
-            for size, dtype in cases(op, "test", device):
+            for size, dtype in cases(op, "test", device, quick):
                 step(f"{name} {dtype} {size}")
-                _check_one(op, size, dtype, device, rows)
+                _check_one(op, size, dtype, device, rows, only)
 
 
-def _check_one(op: Op | Chain, size: tuple, dtype: torch.dtype, device: str, rows: dict) -> None:
+def _check_one(
+    op: Op | Chain, size: tuple, dtype: torch.dtype, device: str, rows: dict, only: str | None
+) -> None:
     args = op.inputs(size, dtype, torch.device(device), 0)
-    expected = expect(op, args)
-    for name in contenders(op, args):
+    names = [name for name in contenders(op, args) if only in (None, name)]
+    expected = expect(op, args) if names else None
+    for name in names:
         try:
             verdict = compare(op, name, args, expected=expected)
         except RuntimeError as error:  # what torch and CUDA raise: shown and counted as a failure
@@ -459,5 +470,7 @@ def _check_one(op: Op | Chain, size: tuple, dtype: torch.dtype, device: str, row
         rows.setdefault(key, Row(*key)).verdicts.append((size, verdict))
 
 
-def count(ops: Sequence[str], kind: str, devices: Sequence[str]) -> int:
-    return sum(1 for name in ops for device in devices for _ in cases(REGISTRY[name], kind, device))
+def count(ops: Sequence[str], kind: str, devices: Sequence[str], quick: bool = False) -> int:
+    return sum(
+        1 for name in ops for device in devices for _ in cases(REGISTRY[name], kind, device, quick)
+    )

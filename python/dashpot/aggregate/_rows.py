@@ -147,9 +147,10 @@ def total(parts: list[Tensor]) -> Tensor:
     return total
 
 
-def check_mask(mask, rows: Rows) -> None:
+def check_mask(mask, rows: Rows) -> Tensor | None:
+    """The mask as kernels take it."""
     if mask is None:
-        return
+        return None
     device = rows.groups[0][0].device
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a torch.Tensor, got {type(mask).__name__}")
@@ -158,6 +159,7 @@ def check_mask(mask, rows: Rows) -> None:
             f"mask: expected ({rows.p},) torch.bool on {device}, "
             f"got {tuple(mask.shape)} {mask.dtype} on {mask.device}"
         )
+    return mask.contiguous()
 
 
 def check_choice(name: str, value, choices: tuple[str, ...]) -> None:

@@ -119,7 +119,7 @@ def combine(
             f"coeffs: expected ({rows.p},) on {device}, "
             f"got {tuple(coeffs.shape)} on {coeffs.device}"
         )
-    return _combine(grads, rows, coeffs.double(), out)
+    return _combine(grads, rows, coeffs.double().contiguous(), out)
 
 
 def _combine(grads: Grads, rows: Rows, coeffs: Tensor, out) -> Tensor | list[Tensor]:

@@ -98,5 +98,5 @@ def gram(
     """
     check_choice("accum", accum, ("fp64", "fp32"))
     rows = as_rows(grads)
-    check_mask(mask, rows)
+    mask = check_mask(mask, rows)
     return total([GRAM(group, mask, rows.p, accum) for group in rows.groups])

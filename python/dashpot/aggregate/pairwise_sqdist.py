@@ -91,5 +91,5 @@ def pairwise_sqdist(grads: Grads, *, mask: Tensor | None = None) -> Tensor:
     `gram(accum="fp32")`.
     """
     rows = as_rows(grads)
-    check_mask(mask, rows)
+    mask = check_mask(mask, rows)
     return total([PAIRWISE_SQDIST(group, mask, rows.p) for group in rows.groups])
