@@ -14,6 +14,8 @@ RESULTS ?= bench/results/$(shell $(RUN) -c "from dashpot import _info; \
 
 RUN := .venv/bin/python
 PIP := $(RUN) -m pip install --disable-pip-version-check
+FILES := find csrc python triton_kernels -type f -not -name '*.pyc'
+PACKAGE := .venv/package-$(shell $(FILES) | sort | cksum | cut -d ' ' -f 1)
 PYTEST := $(RUN) -m pytest -n 2 tests
 # With ARGS one of the processes of `make test` may have nothing to do: pytest's exit status 5.
 MAY_BE_NONE := $(if $(ARGS),|| test $$? = 5)
@@ -21,26 +23,26 @@ MAY_BE_NONE := $(if $(ARGS),|| test $$? = 5)
 .PHONY: demo test bench gpu lint clean test-suite test-triton test-emulator
 .NOTPARALLEL:
 
-demo: .venv/package
+demo: $(PACKAGE)
 	$(RUN) -m dashpot demo $(ARGS)
 
 # All three also if one fails, and then a failure at the end.
-test: .venv/package
+test: $(PACKAGE)
 	@$(MAKE) --no-print-directory --keep-going test-suite test-triton test-emulator
 
-test-suite: .venv/package
+test-suite: $(PACKAGE)
 	$(PYTEST) $(ARGS) $(MAY_BE_NONE)
 
 # Triton's kernels in its interpreter.
-test-triton: .venv/package
+test-triton: $(PACKAGE)
 	TRITON_INTERPRET=1 $(PYTEST) -m triton $(ARGS) $(MAY_BE_NONE)
 
 # The CUDA kernels on the CPU, in the emulator, under AddressSanitizer.
-test-emulator: .venv/package
+test-emulator: $(PACKAGE)
 	settings=$$($(RUN) tests/emulator/build.py --sanitize) && eval "$$settings" && \
 	$(PYTEST) -m emulator $(ARGS) $(MAY_BE_NONE)
 
-bench: .venv/package
+bench: $(PACKAGE)
 	mkdir -p "$(RESULTS)"
 	$(RUN) -m pytest bench --benchmark-json="$(RESULTS)/bench.json" $(ARGS)
 	$(RUN) -m bench.report "$(RESULTS)/bench.json" --table --plots "$(RESULTS)"
@@ -58,11 +60,14 @@ clean:
 	rm -rf .venv build dist demo.png .pytest_cache .ruff_cache .hypothesis .benchmarks
 
 # Stamps. torch comes in the same call as all other pins, so that nothing else chooses its version.
+# The package's stamp is named after the list of its files: with one more or one less it is installed
+# anew, since an editable install knows its modules by name.
 .venv/tools: requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
-.venv/package: .venv/tools pyproject.toml CMakeLists.txt $(shell find csrc)
+$(PACKAGE): .venv/tools pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+	rm -f .venv/package-*
 	$(PIP) --no-build-isolation --editable '.[test]'
 	touch $@

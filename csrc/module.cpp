@@ -27,8 +27,9 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(DASHPOT_MODULE, m) {
   m.doc() = "Compiled kernels of dashpot; called through dashpot's public functions.";
   m.def("build_info", &build_info, "Compiler and CUDA version of this build.");
-  m.def("cpu_isa", [] { return dashpot::isa_name(dashpot::isa()); },
-        "Instruction set that the CPU kernels use: avx512, avx2 or baseline.");
+  m.def(
+      "cpu_isa", [] { return dashpot::isa_name(dashpot::isa()); },
+      "Instruction set that the CPU kernels use: avx512, avx2 or baseline.");
   m.def("set_cpu_isa", &dashpot::set_isa, pybind11::arg("name"),
         "Use a lesser instruction set than the machine's best, or None for the best; for tests.");
   for (const dashpot::Binder bind : dashpot::binders()) bind(m);

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   const int64_t k = int64_t{threadIdx.x} * kVector;
   const bool whole = k + kVector <= span.length;
-  const int64_t count = whole ? kVector : span.length - k;  // coordinates of this thread, may be <= 0
+  const int64_t count =
+      whole ? kVector : span.length - k;  // coordinates of this thread, may be <= 0
   if (count <= 0) return;
   Acc sum[kVector] = {};
   for (int first = 0; first < q; first += kAhead) {
@@ -81,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       if (first + r >= q) continue;
       const Acc c = weight[first + r];
 #pragma unroll
-      for (int s = 0; s < kVector; ++s) sum[s] = fma(c, device_cast<Acc>(ahead[r].value[s]), sum[s]);
+      for (int s = 0; s < kVector; ++s)
+        sum[s] = fma(c, device_cast<Acc>(ahead[r].value[s]), sum[s]);
     }
   }
   if (whole) {

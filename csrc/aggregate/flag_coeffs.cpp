@@ -62,9 +62,9 @@ Outputs flag_coeffs_forward_cuda(const Tensor& k, std::optional<int> m, int n_it
   if (!flag_coeffs_fits(p, place.device)) {
     work = k.new_empty({flag_work_size(p)}, Dtype::kFloat64);
   }
-  flag_coeffs_cuda(k.as<double>(), p, options, work ? work->as<double>() : nullptr,
-                   c.as<double>(), v.as<double>(), objective.as<double>(), iters.as<int64_t>(),
-                   place.device, place.stream);
+  flag_coeffs_cuda(k.as<double>(), p, options, work ? work->as<double>() : nullptr, c.as<double>(),
+                   v.as<double>(), objective.as<double>(), iters.as<int64_t>(), place.device,
+                   place.stream);
   return out;
 }
 #endif

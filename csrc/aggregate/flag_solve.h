@@ -74,18 +74,18 @@ template <class Team>
 DASHPOT_HD void flag_solve(const Team& team, const double* k, int p, const FlagOptions& o,
                            double* work, double* c, double* v, double* objective, int64_t* iters) {
   const int pp = p * p;
-  double* q = work;           // (p, p) eigenvectors of Kh, one per row
-  double* f = q + pp;         // (p, p) F
-  double* s = f + pp;         // (p, p) what is decomposed; destroyed
-  double* y = s + pp;         // (p, p) eigenvectors of S, one per row
-  double* z = y + pp;         // (p, p) Z; first F M
-  double* weight = z + pp;    // (p, p) M
-  double* fit = weight + pp;  // (p, p) |Y^T (x_i - x_j)|^2 of the last accepted step
-  double* norm = fit + pp;    // (p,) |g_i|, 0 for dropped workers
-  double* inverse = norm + p;  // (p,) 1 / max(|g_i|, 1e-12), 0 for dropped workers
-  double* size = inverse + p;  // (p,) what x_i is scaled by in a pair
-  double* t = size + p;        // (p,) weights of the final sum
-  double* values = t + p;      // (p,) eigenvalues
+  double* q = work;                   // (p, p) eigenvectors of Kh, one per row
+  double* f = q + pp;                 // (p, p) F
+  double* s = f + pp;                 // (p, p) what is decomposed; destroyed
+  double* y = s + pp;                 // (p, p) eigenvectors of S, one per row
+  double* z = y + pp;                 // (p, p) Z; first F M
+  double* weight = z + pp;            // (p, p) M
+  double* fit = weight + pp;          // (p, p) |Y^T (x_i - x_j)|^2 of the last accepted step
+  double* norm = fit + pp;            // (p,) |g_i|, 0 for dropped workers
+  double* inverse = norm + p;         // (p,) 1 / max(|g_i|, 1e-12), 0 for dropped workers
+  double* size = inverse + p;         // (p,) what x_i is scaled by in a pair
+  double* t = size + p;               // (p,) weights of the final sum
+  double* values = t + p;             // (p,) eigenvalues
   double* inverse_root = values + p;  // (p,) L^{-1/2}, 0 where dropped
   double* w = inverse_root + p;       // (p,)
   double* new_v = w + p;              // (p,)

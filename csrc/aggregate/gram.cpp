@@ -1,8 +1,8 @@
 // gram: K_ij = sum_k g_ik g_jk, rows (p, d) -> (p, p) float64; the loops are in pairs.h.
 #include <string>
 
-#include "aggregate/pairs.h"
 #include "aggregate/cuda_binding.h"
+#include "aggregate/pairs.h"
 #include "common/bind.h"
 
 namespace dashpot::aggregate {
@@ -20,8 +20,8 @@ Tensor gram_forward_cuda(const std::vector<Tensor>& grads, const std::optional<T
   const bool wide = accum == "fp64" || rows.dtype == Dtype::kFloat64;
   const PairsScratch narrow_size = gram_scratch(rows), wide_size = pairs_scratch(rows);
   const Tensor out = grads[0].new_empty({p, p}, Dtype::kFloat64);  // (p, p)
-  const Tensor partials = grads[0].new_empty(
-      {std::max(narrow_size.partials, wide_size.partials)}, Dtype::kFloat64);
+  const Tensor partials =
+      grads[0].new_empty({std::max(narrow_size.partials, wide_size.partials)}, Dtype::kFloat64);
   const Tensor note = grads[0].new_empty({narrow_size.notes}, Dtype::kInt32);
   const bool* live = mask ? mask->as<bool>() : nullptr;
   const Place place = place_of(grads[0]);

@@ -20,7 +20,7 @@ namespace dashpot::aggregate {
 namespace {
 
 constexpr int kChunks = 1584;  // several waves of blocks on any GPU: the last one may be part full
-constexpr int kRun = 32;  // steps
+constexpr int kRun = 32;       // steps
 
 template <int kTile>
 constexpr int kWarpsOf = kTile == 16 ? 8 : 4;  // float64 sums of a block: 16 or 32 KiB
@@ -112,7 +112,7 @@ __device__ __forceinline__ void add_step(const LaneRows<In, kTile / 8>& a,
       const Operand<In> lower[2] = {Operand<In>(x[2 * m + 1][h]), Operand<In>(x[2 * m + 1][h + 1])};
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
-        const uint32_t(&z)[4] = diagonal ? x[n] : y[n];
+        const uint32_t (&z)[4] = diagonal ? x[n] : y[n];
         const Operand<In> right[2] = {Operand<In>(z[h]), Operand<In>(z[h + 1])};
         float d[4] = {};
         multiply<In>(d, upper, lower, right);
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(32 * kWarpsOf<kTile>, kTile == 16 ? 3 : 2)
   }
 #pragma unroll
   for (int e = 0; e < kSums; ++e) totals[warp][e][lane] = 0;  // this lane's alone until the end
-  if (kTile == 16 || tile_a == tile_b) {  // 16: p <= 16, one tile
+  if (kTile == 16 || tile_a == tile_b) {                      // 16: p <= 16, one tile
     add_span<In, kTile, aligned, true>(a, b, span.length, totals[warp]);
   } else {
     add_span<In, kTile, aligned, false>(a, b, span.length, totals[warp]);

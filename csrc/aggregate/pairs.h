@@ -117,7 +117,8 @@ void pairs(const Rows& rows, const std::vector<int64_t>& live, int threads, doub
   const int64_t p = static_cast<int64_t>(live.size());
   const int64_t element = sizeof(Acc);
   // Up to 16 rows of a full block lie in the L2 cache beside the next; more rows, shorter blocks.
-  const int64_t block = std::clamp<int64_t>((int64_t{128} << 10) / (std::max<int64_t>(p, 1) * element) / 64 * 64, 256, kBlock);
+  const int64_t block = std::clamp<int64_t>(
+      (int64_t{128} << 10) / (std::max<int64_t>(p, 1) * element) / 64 * 64, 256, kBlock);
   // Enough chunks for any machine's threads, few enough that their partials cost nothing.
   const int64_t chunk = std::max<int64_t>(4 * block, (rows.d / 512 + block - 1) / block * block);
   const std::vector<Chunk> chunks = rows.chunks(chunk);

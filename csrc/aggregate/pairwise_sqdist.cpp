@@ -1,6 +1,6 @@
 // pairwise_sqdist: D_ij = sum_k (g_ik - g_jk)^2, rows (p, d) -> (p, p) float64; loops in pairs.h.
-#include "aggregate/pairs.h"
 #include "aggregate/cuda_binding.h"
+#include "aggregate/pairs.h"
 #include "common/bind.h"
 
 namespace dashpot::aggregate {

@@ -46,7 +46,8 @@ void for_each_table(const Rows& rows, int64_t chunk, const std::vector<void*>& o
     int n = 0;
     for (; s < rows.segments() && n < kTableSegments && (n + 1) * rows.p <= kTablePointers; ++s) {
       if (rows.lengths[s] == 0) continue;
-      for (int64_t i = 0; i < rows.p; ++i) table.row[n * rows.p + i] = rows.pointers[s * rows.p + i];
+      for (int64_t i = 0; i < rows.p; ++i)
+        table.row[n * rows.p + i] = rows.pointers[s * rows.p + i];
       chunks += (rows.lengths[s] + chunk - 1) / chunk;
       table.length[n] = rows.lengths[s];
       table.chunk_end[n] = chunks;

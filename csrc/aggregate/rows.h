@@ -20,7 +20,7 @@ struct Chunk {
 
 struct Rows {
   int64_t p = 0;
-  int64_t d = 0;                     // all segments together
+  int64_t d = 0;  // all segments together
   Dtype dtype = Dtype::kFloat32;
   std::vector<const void*> pointers;  // (S, p)
   std::vector<int64_t> lengths;       // (S,)

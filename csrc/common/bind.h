@@ -22,7 +22,7 @@ struct Registered {
 
 }  // namespace dashpot
 
-#define DASHPOT_BIND(m)                                    \
-  static void dashpot_bind(pybind11::module_& m);          \
+#define DASHPOT_BIND(m)                                      \
+  static void dashpot_bind(pybind11::module_& m);            \
   static const dashpot::Registered registered(dashpot_bind); \
   static void dashpot_bind(pybind11::module_& m)

@@ -17,7 +17,8 @@
 
 namespace dashpot {
 
-// item / by for 0 <= item < 2^20, with scale = 1 / by: exact, as the quotient is off by >= 0.5 / by.
+// item / by for 0 <= item < 2^20, with scale = 1 / by: exact, as the quotient is off by >= 0.5 /
+// by.
 __device__ __forceinline__ int quotient(int item, float scale) {
   return static_cast<int>((item + 0.5f) * scale);
 }
@@ -35,8 +36,8 @@ __device__ __forceinline__ void jacobi_players(int pair, int round, int even, in
 // brings the matrix to the order of 1, where float32 holds whatever is not negligible.
 __device__ __forceinline__ void jacobi_rotation(double a_ii, double a_jj, double a_ij, double scale,
                                                 double& cosine, double& sine) {
-  const float ratio = __fdividef(static_cast<float>((a_jj - a_ii) * scale),
-                                 2 * static_cast<float>(a_ij * scale));
+  const float ratio =
+      __fdividef(static_cast<float>((a_jj - a_ii) * scale), 2 * static_cast<float>(a_ij * scale));
   const float square_of_root = fmaf(ratio, ratio, 1.0f);
   const float size = __fdividef(1.0f, fabsf(ratio) + square_of_root * rsqrtf(square_of_root));
   const double tangent = ratio < 0 ? -size : size;

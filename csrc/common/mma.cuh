@@ -18,8 +18,8 @@ namespace dashpot {
 #ifdef DASHPOT_EMULATE
 // The same sums by shuffles; widen(register, half) reads one of a register's numbers.
 template <int kPerRegister, class Widen>
-__device__ inline void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                                       Widen widen) {
+__device__ inline void mma_by_shuffles(float (&d)[4], const uint32_t (&a)[4],
+                                       const uint32_t (&b)[2], Widen widen) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   for (int half = 0; half < 2; ++half) {
     for (int owner = 0; owner < 4; ++owner) {

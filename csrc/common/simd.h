@@ -57,7 +57,8 @@ inline void set_isa(const char* name) {
   }
   for (const Isa one : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
     if (std::string(name) == isa_name(one)) {
-      if (one > best_isa()) throw std::invalid_argument(std::string(name) + ": not on this machine");
+      if (one > best_isa())
+        throw std::invalid_argument(std::string(name) + ": not on this machine");
       current_isa() = one;
       return;
     }

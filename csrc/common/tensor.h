@@ -82,10 +82,11 @@ struct Tensor {
     if (contiguous.ptr() != Py_True) {
       throw std::invalid_argument("dashpot kernels take contiguous tensors");
     }
-    tensor.data = reinterpret_cast<void*>(
-        PyLong_AsUnsignedLongLong(call(handle.ptr(), name.data_ptr).ptr()));
+    tensor.data =
+        reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(call(handle.ptr(), name.data_ptr).ptr()));
     tensor.numel = call_int(handle.ptr(), name.numel);
-    const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(handle.ptr(), name.dtype));
+    const auto dtype =
+        py::reinterpret_steal<py::object>(PyObject_GetAttr(handle.ptr(), name.dtype));
     for (int i = 0; i < kDtypes; ++i) {
       if (dtype.ptr() == name.dtypes[i]) {
         tensor.dtype = static_cast<Dtype>(i);
