@@ -1,9 +1,10 @@
 """flag_aggregate: two reads and one write, against the same algorithm in plain PyTorch and against
-the official form, an SVD of the workers' gradients as columns. p workers, d coordinates, m = p/2
-rounded up, one reweighting step from equal weights.
+the published algorithm: random start, SVD of the workers' gradients as columns (and of their
+differences for lam > 0). p workers, d coordinates, m = p/2 rounded up, one reweighting step.
 """
 
 import torch
+from dashpot._demo import flag_by_svd
 from dashpot._measure import Peer
 
 OP = "flag_aggregate"
@@ -39,29 +40,13 @@ def torch_gram(grads, lam):
     return c.to(grads.dtype) @ grads  # (d,)
 
 
-def official_svd(grads, lam):
-    """The official form: the m leading left singular vectors of the weighted columns (d, p), with
-    lam > 0 of those and all pairs' differences. The official code has each pair in both orders;
-    once with weight sqrt(2) spans the same subspace in half the time."""
-    p = grads.shape[0]
-    m = (p + 1) // 2
-    x = torch.nn.functional.normalize(grads.float(), dim=1, eps=1e-12).mT  # (d, p)
-    columns = (1 + EPS) ** -0.25 * x
-    if lam:
-        i, j = torch.triu_indices(p, p, 1, device=x.device)
-        pairs = pair_weight(p, lam) ** 0.5 * (x[:, i] - x[:, j])  # (d, p (p - 1) / 2)
-        columns = torch.cat((columns, pairs), 1)
-    y = torch.linalg.svd(columns, full_matrices=False)[0][:, :m]  # (d, m)
-    return (y @ (y.mT @ x.sum(1)) / m).to(grads.dtype)  # (d,)
-
-
 def official_when(size, dtype, device, options):
     """Seconds to minutes beyond these sizes; bfloat16 would be converted to float32 first."""
     p, d = size
     return dtype == torch.float32 and p <= 15 and d <= (100_000 if options["lam"] else 1_000_000)
 
 
-PEERS = {"torch gram": Peer(torch_gram), "official svd": Peer(official_svd, official_when)}
+PEERS = {"torch gram": Peer(torch_gram), "official svd": Peer(flag_by_svd, official_when)}
 
 
 def test_flag_aggregate(measure):

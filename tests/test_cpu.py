@@ -1,0 +1,60 @@
+"""The CPU kernels on every instruction set that this machine has, and their 16-bit conversions."""
+
+from __future__ import annotations
+
+import dashpot
+import pytest
+import torch
+from dashpot import _C, _check
+from dashpot._dispatch import REGISTRY, Chain
+
+SETS = ("baseline", "avx2", "avx512")  # each includes the ones before it
+AVAILABLE = SETS[: SETS.index(_C.cpu_isa()) + 1]
+
+
+@pytest.fixture(params=AVAILABLE)
+def isa(request):
+    _C.set_cpu_isa(request.param)
+    yield request.param
+    _C.set_cpu_isa(None)
+
+
+def test_choosing(isa):
+    assert _C.cpu_isa() == isa
+    with pytest.raises(ValueError, match="expected avx512, avx2 or baseline, got sse"):
+        _C.set_cpu_isa("sse")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [op.name for op in REGISTRY.values() if not isinstance(op, Chain)])
+def test_every_kernel(isa, name, dtype):
+    op = REGISTRY[name]
+    for size in op.sizes["test"]:
+        args = op.inputs(size, dtype, torch.device("cpu"), 0)
+        verdict = _check.compare(op, "cpp", args)
+        assert verdict.ok, f"{size}: {verdict}"
+
+
+def every_value(dtype: torch.dtype) -> torch.Tensor:
+    """(65536,): each bit pattern of a 16-bit float, NaN and inf among them."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_come_through(isa, dtype):
+    """Widened, times 1, narrowed: every number is what it was."""
+    values = every_value(dtype)
+    got = dashpot.combine(values[None], torch.ones(1, dtype=torch.float64))
+    assert got.isnan().equal(values.isnan())
+    real = ~values.isnan()
+    assert torch.equal(got[real], values[real])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounding_to_sixteen_bits(isa, dtype):
+    """Scaled by numbers that make ties, overflow and subnormal results: as torch rounds."""
+    values = every_value(dtype)
+    for factor in (1.5, 1 + 2**-8, 1 + 2**-11, 0.5, 2.0**-9, 2.0**9, 0.1):
+        got = dashpot.combine(values[None], torch.tensor([factor], dtype=torch.float64))
+        want = (values.float() * torch.tensor(factor, dtype=torch.float32)).to(dtype)
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
