@@ -103,8 +103,15 @@ class Case:
 
     @property
     def names(self) -> str:
-        """For `dashpot.backend`; in a chain the reference serves the ops that have no kernel."""
-        return f"{self.backend},reference" if isinstance(self.op, Chain) else self.backend
+        """For `dashpot.backend`; in a chain others serve the ops that have no kernel on it."""
+        return self.and_others if isinstance(self.op, Chain) else self.backend
+
+    @property
+    def and_others(self) -> str:
+        """This backend, then the dispatcher's order."""
+        if not self.is_kernel:
+            return self.backend
+        return ",".join(dict.fromkeys((self.backend, *ORDER[self.device], "reference")))
 
     def forced(self):
         return dashpot.backend(self.names)
@@ -258,6 +265,8 @@ def _selected(sizes="small", dtypes="all", backends="all", device=None, differen
 def _is_one_of(case: Case, backends: str) -> bool:
     if backends == "preferred":
         return case.backend in _preferred(case)
+    if backends == "native":  # runs at full speed
+        return case.backend == "cpp" or (case.device == "cuda" and case.is_kernel)
     return backends in ("all", case.backend) or (backends == "kernels" and case.is_kernel)
 
 
@@ -317,11 +326,10 @@ def case(request) -> Case:
 def backend(request):
     """A backend of the op that the file is named after (test_<op>.py), forced during the test.
 
-    Triton kernels serve the common case and decline the rest, which the reference then takes; the
-    others must take every call that they have a dtype for."""
+    Triton kernels serve the common case and decline the rest, which the next backend then takes;
+    the others must take every call that they have a dtype for."""
     case = request.param
-    names = f"{case.backend},reference" if case.backend == "triton" else case.names
-    with dashpot.backend(names):
+    with dashpot.backend(case.and_others if case.backend == "triton" else case.names):
         yield case
 
 

@@ -62,6 +62,16 @@ def kernels_in(source: Path) -> set[str]:
     return set(re.findall(rf"__global__\s+void\s+{bounds}(\w+)\(", text))
 
 
+@pytest.mark.parametrize("family", sorted({path.parent.name for path in SOURCES}))
+def test_no_limit_without_a_kernel(kernel_limits, family):
+    """Neither CUDA's, which start with a letter, nor Triton's, which start with an underscore."""
+    kernels = {name for path in DEVICE if path.parent.name == family for name in kernels_in(path)}
+    triton = ROOT / "triton_kernels" / f"{family}.py"
+    if triton.exists():
+        kernels |= set(re.findall(r"^def (_\w+_kernel)\(", triton.read_text(), re.MULTILINE))
+    assert set(kernel_limits.of(family)) == kernels
+
+
 def test_spills_are_seen(nvcc, ptxas_usage, tmp_path):
     """The machinery itself, by a kernel that is given too few registers."""
     source = tmp_path / "spill.cu"

@@ -17,7 +17,7 @@ struct Block {
   }
 };
 
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(384, 1)
     flag_coeffs_kernel(const double* k, int p, FlagOptions options, double* work, double* c,
                        double* v, double* objective, int64_t* iters) {
   DASHPOT_DYNAMIC_SHARED(double, shared);
@@ -37,8 +37,8 @@ int64_t shared_limit(int device) {
 #endif
 }
 
-// A matrix of order p has (p/2)^2 blocks to rotate at once; shared memory feeds no more threads.
-int threads_for(int p) { return p <= 16 ? 128 : 256; }
+// A matrix of order p has (p/2)^2 blocks to rotate at once.
+int threads_for(int p) { return p <= 16 ? 128 : p <= 32 ? 256 : 384; }
 
 }  // namespace
 

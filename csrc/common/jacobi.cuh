@@ -33,7 +33,7 @@ __device__ __forceinline__ void jacobi_players(int pair, int round, int even, in
 }
 
 // cos and sin of the rotation that removes a_ij from ((a_ii, a_ij), (a_ij, a_jj)), nearly; scale
-// brings the matrix to the order of 1, where float32 holds whatever is not negligible.
+// brings the matrix to the order of 1, where float32 holds whatever counts.
 __device__ __forceinline__ void jacobi_rotation(double a_ii, double a_jj, double a_ij, double scale,
                                                 double& cosine, double& sine) {
   const float ratio =
@@ -63,12 +63,14 @@ __device__ inline void jacobi_eigh(double* a, double* vectors, double* values, d
   }
   double largest = 0;
   for (int i = 0; i < n; ++i) largest = fmax(largest, fabs(a[i * n + i]));
-  const double negligible = 2e-15 * largest, scale = 1 / largest;  // rounding leaves 2e-16
+  // Done where rounding would only be stirred: it leaves some 1e-16 on each of n turns of an entry.
+  const double done = 6.7e-16 * sqrtf(static_cast<float>(n)) * largest;
+  const double zero = 1e-17 * largest, scale = 1 / largest;
   for (int sweep = 0; sweep < 15; ++sweep) {
     bool left = false;
     for (int e = rank; e < n * n; e += size) {
       const int row = quotient(e, per_n);
-      left |= row < e - row * n && fabs(a[e]) > negligible;
+      left |= row < e - row * n && fabs(a[e]) > done;
     }
     if (!__syncthreads_or(left)) break;
     for (int round = 0; round < even - 1; ++round) {
@@ -76,7 +78,7 @@ __device__ inline void jacobi_eigh(double* a, double* vectors, double* values, d
         int i, j;
         jacobi_players(pair, round, even, i, j);
         double cosine = 1, sine = 0;
-        if (i < n && j < n && fabs(a[i * n + j]) > negligible) {
+        if (i < n && j < n && fabs(a[i * n + j]) > zero) {
           jacobi_rotation(a[i * n + i], a[j * n + j], a[i * n + j], scale, cosine, sine);
         }
         scratch[2 * pair] = cosine;

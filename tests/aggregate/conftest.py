@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,18 @@ def _forms(rows: torch.Tensor) -> dict:
             for a, b, c in (row.split(cuts) for row in rows.unbind(0))
         ],
     }
+
+
+def _lazy_zeros(p: int, d: int, device: str) -> torch.Tensor:
+    """(p, d) bfloat16 zeros; on the CPU only the pages that are written take memory."""
+    if device != "cpu":
+        return torch.zeros(p, d, dtype=torch.bfloat16, device=device)
+    return torch.from_numpy(np.zeros(p * d, np.int16)).view(torch.bfloat16).view(p, d)
+
+
+@pytest.fixture(scope="session")
+def lazy_zeros():
+    return _lazy_zeros
 
 
 @pytest.fixture(scope="session")
