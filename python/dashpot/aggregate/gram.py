@@ -84,7 +84,7 @@ def gram(
         grads: tensor (p, ...), list of p tensors (...), or p lists of S tensors (their rows are
             the concatenation); float64, float32, bfloat16 or float16.
         accum: "fp64": every product and sum in float64, exact to its rounding. "fp32": products
-            in float32 (CUDA: three TF32 products), sums in float32 over at most 4,096 coordinates
+            in float32 (CUDA: three TF32 products), sums in float32 over at most 2,048 coordinates
             and in float64 from there; if squares leave float32's range, all is summed again in
             float64. The reference leaves "fp32" to `torch.matmul`.
         mask: (p,) bool; rows with False do not count, and their entries of K are 0.
