@@ -109,4 +109,5 @@ def test_the_wheel_holds_both_trees():
     assert '"dashpot/triton_kernels" = "triton_kernels"' in table
     assert not (ROOT / "triton_kernels" / "__init__.py").exists()
     done = run("import dashpot.triton_kernels.aggregate as family; print(family.__file__)")
-    assert Path(done.stdout.strip()).resolve() == ROOT / "triton_kernels" / "aggregate.py"
+    installed = Path(done.stdout.strip())  # the same file in an editable install, else a copy
+    assert installed.read_text() == (ROOT / "triton_kernels" / "aggregate.py").read_text()
