@@ -169,9 +169,9 @@ DASHPOT_HD void flag_solve(const Team& team, const double* k, int p, const FlagO
         weight[e] = i == j ? w[i] : -size[i] * weight[e] * size[j];
       }
       team.sync();
-      for (int e = team.rank; e < pp; e += team.size) {  // Z = F M
+      for (int e = team.rank; e < pp; e += team.size) {  // Z = F M; M is symmetric
         double sum = 0;
-        for (int i = 0; i < p; ++i) sum += f[e / p * p + i] * weight[i * p + e % p];
+        for (int i = 0; i < p; ++i) sum += f[e / p * p + i] * weight[e % p * p + i];
         z[e] = sum;
       }
     } else {
@@ -219,12 +219,13 @@ DASHPOT_HD void flag_solve(const Team& team, const double* k, int p, const FlagO
         g[i] = sum;
         v[i] = new_v[i];
       }
-      if (o.lam > 0) {
+      active = best - now > o.tol && now > o.tol;
+      if (o.lam > 0 && active && step + 1 < o.n_iter) {  // the next step's pairs
         for (int e = team.rank; e < pp; e += team.size) {
-          fit[e] = column_gap(z, size, p, e / p, e % p);
+          const int i = e / p, j = e % p;
+          if (i < j) fit[e] = fit[j * p + i] = column_gap(z, size, p, i, j);
         }
       }
-      active = best - now > o.tol && now > o.tol;
       best = now;
     } else {
       active = false;  // a step that raises the objective is taken back

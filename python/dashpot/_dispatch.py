@@ -18,6 +18,7 @@ import contextlib
 import contextvars
 import functools
 import importlib
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -145,9 +146,17 @@ class _Plan:
     """Where each argument of `<op>_backward` comes from; read off the two schemas' names."""
 
     takes: list[tuple[str, int]] = field(default_factory=list)  # ("grad"|"arg"|"out"|"needs", i)
-    saved_args: list[int] = field(default_factory=list)  # tensor arguments among them
+    slots: list[tuple[int, bool, bool]] = field(default_factory=list)  # (argument, list?, saved?)
     saved_outs: list[int] = field(default_factory=list)
     options: list[int] = field(default_factory=list)  # other arguments among them
+
+    @functools.cached_property
+    def pick_options(self) -> Callable[[Sequence], Sequence]:
+        first, *rest = self.options or [0]
+        if rest:
+            return operator.itemgetter(first, *rest)
+        return operator.itemgetter(slice(first, first + len(self.options)))
+
     gives: list[int] = field(default_factory=list)  # which forward argument each gradient is of
     residual_free: bool = True  # uses no forward output, so its formula can be differentiated
 
@@ -169,6 +178,7 @@ class Op:
         kinds = [str(argument.type) for argument in schema.arguments]
         self._lists = frozenset(i for i, kind in enumerate(kinds) if kind == "List[Tensor]")
         self._slots = tuple(i for i, kind in enumerate(kinds) if "Tensor" in kind)
+        self._tensor_args = tuple((i, i in self._lists) for i in self._slots)
         self._returns = [output.name for output in schema.returns]
         self.outputs = len(self._returns) if public is None else public
         self._sliced = self.outputs < len(self._returns)
@@ -243,8 +253,8 @@ class Op:
 
     def _flatten(self, args: Sequence) -> list[torch.Tensor]:
         tensors = []
-        for i in self._slots:
-            if i in self._lists:
+        for i, is_list in self._tensor_args:
+            if is_list:
                 tensors += args[i]
             elif args[i] is not None:
                 tensors.append(args[i])
@@ -345,7 +355,7 @@ class Op:
             else:
                 plan.takes.append(("grad", self._returns.index(name.removeprefix("grad_"))))
         named = [i for kind, i in plan.takes if kind == "arg"]
-        plan.saved_args = [i for i in named if i in self._slots]
+        plan.slots = [(i, i in self._lists, i in named) for i in self._slots]
         plan.options = [i for i in named if i not in self._slots]
         plan.saved_outs = [i for kind, i in plan.takes if kind == "out"]
         plan.gives = [
@@ -353,34 +363,38 @@ class Op:
         ]
         return plan
 
-    def _save(self, ctx, args: Sequence, outs: Sequence) -> None:
+    def _save(self, ctx, kernel: Kernel | None, args: Sequence, outs: Sequence) -> None:
         """Keep what `<op>_backward` names: tensors where hooks see them, options beside, and how
         many tensors each tensor argument holds."""
-        plan, saved = self._plan, []
-        for i in plan.saved_args:
+        plan, saved, counts = self._plan, [], []
+        for i, is_list, keep in plan.slots:
             value = args[i]
-            if i in self._lists:
-                saved += value
-            elif value is not None:
-                saved.append(value)
+            if is_list:
+                counts.append(len(value))
+                if keep:
+                    saved += value
+            elif value is None:
+                counts.append(0)
+            else:
+                counts.append(1)
+                if keep:
+                    saved.append(value)
         for i in plan.saved_outs:
             saved.append(outs[i])
         ctx.save_for_backward(*saved)
-        counts = [len(args[i]) if i in self._lists else args[i] is not None for i in self._slots]
-        ctx.kept = counts, [args[i] for i in plan.options]
+        ctx.call = self, kernel, counts, plan.pick_options(args)
 
     def _backward_args(self, ctx, grads: Sequence, needs: list[bool]) -> list:
-        saved, (counts, options) = iter(ctx.saved_tensors), ctx.kept
-        args = dict(zip(self._plan.options, options, strict=True))
-        for i in self._plan.saved_args:
-            count = counts[self._slots.index(i)]
-            if i in self._lists:
-                args[i] = [next(saved) for _ in range(count)]
-            else:
-                args[i] = next(saved) if count else None
-        outs = {i: next(saved) for i in self._plan.saved_outs}
+        plan, saved = self._plan, iter(ctx.saved_tensors)
+        _, _, counts, options = ctx.call
+        args = dict(zip(plan.options, options, strict=True))
+        for (i, is_list, keep), count in zip(plan.slots, counts, strict=True):
+            if keep:
+                some = [next(saved) for _ in range(count)]
+                args[i] = some if is_list else some[0] if count else None
+        outs = {i: next(saved) for i in plan.saved_outs}
         sources = {"grad": grads, "arg": args, "out": outs, "needs": [needs]}
-        return [sources[kind][i] for kind, i in self._plan.takes]
+        return [sources[kind][i] for kind, i in plan.takes]
 
     def _filled(self, function: Callable) -> Callable:
         """A backward whose gradients left out (None) become empty: a schema has no None."""
@@ -421,7 +435,7 @@ class Op:
             return self._filled(run or self.reference_backward)(*args)
 
     def _registered_context(self, ctx, inputs, output):
-        self._save(ctx, inputs, output if isinstance(output, tuple) else (output,))
+        self._save(ctx, None, inputs, output if isinstance(output, tuple) else (output,))
         ctx.count = len(inputs)
 
     def _registered_backward(self, ctx, *grads):
@@ -464,13 +478,12 @@ class _Differentiable(torch.autograd.Function):
         else:
             out = out if isinstance(out, tuple) else (out,)
             public = out[: op.outputs] if op._sliced else out
-        ctx.op, ctx.kernel = op, kernel
-        op._save(ctx, args, out)
+        op._save(ctx, kernel, args, out)
         return public
 
     @staticmethod
     def backward(ctx, *grads):
-        op, kernel = ctx.op, ctx.kernel
+        op, kernel, counts, _ = ctx.call
         run = kernel.backward or op.reference_backward
         if _is_grad_enabled():  # create_graph=True
             if not op._plan.residual_free:
@@ -480,7 +493,6 @@ class _Differentiable(torch.autograd.Function):
                 )
             run = op.reference_backward
         needs, start = [], 3
-        counts = ctx.kept[0]
         for count in counts:
             needs.append(any(ctx.needs_input_grad[start : start + count]))
             start += count

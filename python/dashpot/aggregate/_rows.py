@@ -27,7 +27,8 @@ class Rows(NamedTuple):
     def rebuild(self, outs: list[list[Tensor]], grads: Grads) -> Tensor | list[Tensor]:
         """Outputs per group back into the shape of one worker."""
         if self.form == "tensor":
-            return outs[0][0].reshape(grads.shape[1:])
+            out = outs[0][0]  # (d,)
+            return out if grads.dim() == 2 else out.reshape(grads.shape[1:])
         if self.form == "list":
             return outs[0][0].reshape(grads[0].shape)
         result = [None] * len(grads[0])

@@ -119,7 +119,9 @@ def combine(
             f"coeffs: expected ({rows.p},) on {device}, "
             f"got {tuple(coeffs.shape)} on {coeffs.device}"
         )
-    return _combine(grads, rows, coeffs.double().contiguous(), out)
+    if coeffs.dtype != torch.float64 or not coeffs.is_contiguous():
+        coeffs = coeffs.double().contiguous()
+    return _combine(grads, rows, coeffs, out)
 
 
 def _combine(grads: Grads, rows: Rows, coeffs: Tensor, out) -> Tensor | list[Tensor]:
