@@ -149,11 +149,11 @@ def run_step(step: Step, seconds: float, log: BinaryIO) -> dict:
 def _entry(step: Step, outcome: str, returncode: int | None, seconds: float, tail: str) -> dict:
     return {
         "name": step.name,
-        "command": shlex.join(step.command),
+        "command": without_paths(shlex.join(step.command)),
         "outcome": outcome,
         "returncode": returncode,
         "seconds": round(seconds, 2),
-        "tail": tail,
+        "tail": without_paths(tail),
     }
 
 
@@ -179,7 +179,13 @@ def _say(text: str, log: BinaryIO) -> None:
     _write(text.encode(), log)
 
 
+def without_paths(text: str) -> str:
+    """What is committed names no folder of the machine that it ran on."""
+    return text.replace(sys.prefix, "PYTHON").replace(str(ROOT), ".")
+
+
 def _write(text: bytes, log: BinaryIO) -> None:
+    text = without_paths(text.decode(errors="replace")).encode()
     for stream in (log, sys.stdout.buffer):
         stream.write(text)
         stream.flush()

@@ -74,6 +74,15 @@ def test_a_failure_is_reported_and_the_later_steps_run(tmp_path, capfd):
     assert summary.splitlines()[-1].split()[::2] == ["good", "ok"]
 
 
+def test_no_folder_of_the_machine_is_told(tmp_path):
+    code = f"print({str(ROOT / 'bench')!r}); print({sys.prefix!r} + '/lib')"
+    entries, _ = run([step("talker", code)], tmp_path)
+    log = (tmp_path / "out" / "gpu.log").read_text()
+    for text in (log, json.dumps(entries)):
+        assert "./bench" in text and "PYTHON/lib" in text
+        assert str(ROOT) not in text and sys.prefix not in text
+
+
 def test_a_step_beyond_its_limit_is_ended_with_all_it_started(tmp_path):
     mark = tmp_path / "mark"
     child = f"import time; time.sleep(4); open({str(mark)!r}, 'w')"
