@@ -129,11 +129,17 @@ def mix(grads: list[Tensor], weights: Tensor, p: int) -> list[Tensor]:
 CHUNK = 1 << 20
 
 
-def zero_masked(grads: list[Tensor], mask: Tensor, p: int):
+def masked(
+    weights: Tensor, grads: list[Tensor], mask: Tensor | None, p: int
+) -> tuple[Tensor, list[Tensor]]:
+    """Pair weights (p, p) and rows, those of mask False as 0: no NaN of theirs must leak."""
+    if mask is None:
+        return weights, grads
+    weights = weights * (mask[:, None] & mask[None, :])
     if len(grads) == 1:
-        g = grads[0]
-        return [(mask.reshape(p, *[1] * (g.dim() - 1)) if g.dim() else mask, g)]
-    return [(mask[i % p], g) for i, g in enumerate(grads)]
+        per_row = mask.reshape((p, *[1] * (grads[0].dim() - 1)) if grads[0].dim() else ())
+        return weights, [torch.where(per_row, grads[0], 0)]
+    return weights, [torch.where(mask[i % p], g, 0) for i, g in enumerate(grads)]
 
 
 def square(grads: list[Tensor], mask: Tensor | None, p: int, *_) -> Tensor:

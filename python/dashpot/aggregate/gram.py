@@ -18,17 +18,17 @@ from dashpot.aggregate._rows import (
     check_choice,
     check_mask,
     coordinates,
+    masked,
     mix,
     random_rows,
     segments,
     square,
     total,
-    zero_masked,
 )
 
 
 def _gram_reference(grads: list[Tensor], mask: Tensor | None, p: int, accum: str) -> Tensor:
-    """K_ij = sum_k g_ik g_jk, (p, p) float64; rows with mask False are not read and give 0."""
+    """K_ij = sum_k g_ik g_jk, (p, p) float64; rows with mask False do not count and give 0."""
     k = grads[0].new_zeros((p, p), dtype=torch.float64)
     for rows in segments(grads, p):  # (p, n)
         if mask is not None:
@@ -43,10 +43,7 @@ def _gram_backward(
     grad_k: Tensor, grads: list[Tensor], mask: Tensor | None, p: int
 ) -> list[Tensor]:
     """dG = (dK + dK^T) G, rows with mask False 0."""
-    weights = grad_k + grad_k.mT  # (p, p)
-    if mask is not None:
-        weights = weights * (mask[:, None] & mask[None, :])
-        grads = [torch.where(row, g, 0) for row, g in zero_masked(grads, mask, p)]
+    weights, grads = masked(grad_k + grad_k.mT, grads, mask, p)  # (p, p)
     return mix(grads, weights, p)
 
 

@@ -15,12 +15,12 @@ from dashpot.aggregate._rows import (
     bytes_of,
     check_mask,
     coordinates,
+    masked,
     mix,
     random_rows,
     segments,
     square,
     total,
-    zero_masked,
 )
 
 
@@ -40,10 +40,7 @@ def _pairwise_sqdist_backward(
     grad_sqdist: Tensor, grads: list[Tensor], mask: Tensor | None, p: int
 ) -> list[Tensor]:
     """dg_i = 2 sum_j (dD_ij + dD_ji)(g_i - g_j): a graph Laplacian times the rows."""
-    weights = 2 * (grad_sqdist + grad_sqdist.mT)  # (p, p)
-    if mask is not None:
-        weights = weights * (mask[:, None] & mask[None, :])
-        grads = [torch.where(row, g, 0) for row, g in zero_masked(grads, mask, p)]
+    weights, grads = masked(2 * (grad_sqdist + grad_sqdist.mT), grads, mask, p)  # (p, p)
     return mix(grads, torch.diag(weights.sum(1)) - weights, p)
 
 
