@@ -12,7 +12,7 @@ import dashpot
 import pytest
 import torch
 from dashpot import _check
-from dashpot._dispatch import Kernel
+from dashpot._backends import Kernel
 from dashpot._info import environment
 from dashpot.aggregate import COMBINE
 

@@ -25,7 +25,8 @@ import hypothesis
 import pytest
 import torch
 from dashpot import _check, _dispatch
-from dashpot._dispatch import BACKENDS, ORDER, REGISTRY, Backend, Chain, Kernel
+from dashpot._backends import BACKENDS, ORDER, Backend, Kernel
+from dashpot._dispatch import REGISTRY, Chain
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 ROOT = Path(__file__).resolve().parents[1]

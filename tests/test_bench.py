@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from dashpot import REGISTRY, _measure
-from dashpot._dispatch import BACKENDS
+from dashpot._backends import BACKENDS
 
 ROOT = Path(__file__).resolve().parents[1]
 COMBINE = REGISTRY["combine"]

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from dashpot import REGISTRY, __main__, _check, _measure, _terminal
-from dashpot._dispatch import BACKENDS, Kernel
+from dashpot._backends import BACKENDS, Kernel
 
 COMBINE = REGISTRY["combine"]
 

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import dashpot
 import pytest
 import torch
-from dashpot import _arrays, _dispatch
-from dashpot._dispatch import BACKENDS, REGISTRY, Backend
+from dashpot import _arrays, _backends, _dispatch
+from dashpot._backends import BACKENDS, Backend
+from dashpot._dispatch import REGISTRY
 
 SCALE = "(Tensor x, float factor) -> (Tensor y)"
 SCALE_BACKWARD = "(Tensor grad_y, Tensor x, float factor) -> (Tensor grad_x)"
@@ -70,6 +71,7 @@ def backends(monkeypatch, calls):
         "quick": Backend("quick", lambda _: quick, ("cpu",), dtypes=dtypes),
         "slow": Backend("slow", lambda _: slow, ("cpu",), suffix="_slow"),
     }
+    monkeypatch.setattr(_backends, "BACKENDS", toys)
     monkeypatch.setattr(_dispatch, "BACKENDS", toys)
     monkeypatch.setattr(_dispatch, "ORDER", {"cpu": ("quick", "slow")})
     return SimpleNamespace(quick=quick, slow=slow)
@@ -226,7 +228,7 @@ import dashpot, torch
 x = torch.ones(2, 3)
 print(dashpot.explain(dashpot.gram, x).chosen["gram"])
 with dashpot.backend(None):
-    print(dashpot._dispatch._forced.get())
+    print(dashpot._backends._forced.get())
 """
     assert run(code, DASHPOT_BACKEND="reference").stdout.split() == ["reference", "None"]
     wrong = run(code, DASHPOT_BACKEND="fast")
@@ -269,7 +271,7 @@ def test_explain_a_chain():
 def test_explain_leaves_no_trace_after_an_error(scale, calls):
     with pytest.raises(TypeError):
         dashpot.explain(dashpot.gram, 3)
-    assert _dispatch._forced.get() is None
+    assert _backends._forced.get() is None
 
 
 # --------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from pathlib import Path
 import dashpot
 import pytest
 import torch
-from dashpot._dispatch import BACKENDS, REGISTRY, Chain, Kernel, Op
+from dashpot._backends import BACKENDS, Kernel
+from dashpot._dispatch import REGISTRY, Chain, Op
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("csrc", "triton_kernels", "python", "tests", "bench")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dashpot._dispatch import REGISTRY, Chain, Kernel
+from dashpot._backends import Kernel
+from dashpot._dispatch import REGISTRY, Chain
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = (80, 90, 100)

@@ -6,7 +6,8 @@ import importlib.util as _util
 import torch as _torch  # noqa: F401
 
 from dashpot import aggregate, functional
-from dashpot._dispatch import REGISTRY, backend
+from dashpot._backends import backend
+from dashpot._dispatch import REGISTRY
 from dashpot._explain import explain
 from dashpot.functional import *  # noqa: F403
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from dashpot import _bench, _check, _info
-from dashpot._dispatch import BACKENDS, REGISTRY
+from dashpot._backends import BACKENDS
+from dashpot._dispatch import REGISTRY
 from dashpot._terminal import progress, table
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dashpot._dispatch import BACKENDS, ORDER, REGISTRY, Chain, Op, backend
+from dashpot._backends import BACKENDS, ORDER, backend
+from dashpot._dispatch import REGISTRY, Chain, Op
 from dashpot._explain import explain
 
 FACTOR = 4.0

@@ -15,121 +15,27 @@ after it was chosen is an error, never a reason to try the next one.
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import functools
-import importlib
 import operator
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from dashpot._arrays import is_tensor, map_leaves
+from dashpot._backends import BACKENDS, ORDER, Kernel, _forced
 
 REGISTRY: dict[str, Op | Chain] = {}
 
 _LIBRARY = torch.library.Library("dashpot", "FRAGMENT")
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
-_FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
 
 # Looked up once: each of these is asked on every call.
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-
-
-# --------------------------------------------------------------------------------------------
-# Backends
-
-
-@dataclass
-class Backend:
-    """A module of kernels: where it is found, what its functions' names end in, what it takes."""
-
-    name: str
-    module: Callable[[str], ModuleType]  # family -> module; ImportError says why there is none
-    devices: tuple[str, ...]
-    suffix: str = ""
-    dtypes: frozenset[torch.dtype] = _FLOATS
-
-
-def _compiled(_family: str) -> ModuleType:
-    return importlib.import_module("dashpot._C")
-
-
-def _triton(family: str) -> ModuleType:
-    return importlib.import_module(f"dashpot.triton_kernels.{family}")
-
-
-def _triton_devices() -> tuple[str, ...]:
-    """Triton's interpreter (TRITON_INTERPRET=1) runs the kernels on CPU tensors."""
-    return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
-
-
-BACKENDS = {
-    "cpp": Backend("cpp", _compiled, ("cpu",)),
-    "triton": Backend("triton", _triton, _triton_devices(), dtypes=_FLOATS - {torch.float64}),
-    "cuda": Backend("cuda", _compiled, ("cuda",), suffix="_cuda"),
-}
-ORDER = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # then the reference, always
-
-
-@dataclass(slots=True)
-class Kernel:
-    """One op on one backend."""
-
-    name: str
-    forward: Callable
-    backward: Callable | None
-    supports: Callable | None
-    devices: tuple[str, ...]
-    dtypes: frozenset[torch.dtype]
-
-    def declines(self, first: torch.Tensor, args: Sequence) -> str | None:
-        """Why this kernel cannot take the call, or None. `first`: the call's first tensor."""
-        if first.device.type not in self.devices:
-            return f"needs a tensor on {' or '.join(self.devices)}, got {first.device.type}"
-        if first.dtype not in self.dtypes:
-            return f"has no kernel for {first.dtype}"
-        return self.supports(*args) if self.supports is not None else None
-
-
-def _split(names: str | None) -> tuple[str, ...] | None:
-    if not names:
-        return None
-    chosen = tuple(name.strip() for name in names.split(","))
-    for name in chosen:
-        if name not in BACKENDS and name != "reference":
-            known = ", ".join((*BACKENDS, "reference"))
-            raise ValueError(f"backend: expected one of {known}, got {name!r}")
-    return chosen
-
-
-_forced: contextvars.ContextVar[Any] = contextvars.ContextVar(
-    "dashpot_backend",
-    default=_split(os.environ.get("DASHPOT_BACKEND")),  # noqa: B039 (a tuple)
-)
-
-
-@contextlib.contextmanager
-def backend(name: str | None) -> Iterator[None]:
-    """Choose the backend by hand: `with dashpot.backend("reference"): ...`.
-
-    name: "cpp", "cuda", "triton", "reference"; several, separated by commas, are tried in that
-    order; None gives the choice back to the dispatcher. A call that none of them can take raises
-    RuntimeError with each one's reason. The environment variable DASHPOT_BACKEND, read once at
-    import, sets the same for the whole process.
-    """
-    token = _forced.set(_split(name))
-    try:
-        yield
-    finally:
-        _forced.reset(token)
 
 
 # --------------------------------------------------------------------------------------------

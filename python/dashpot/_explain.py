@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dashpot._dispatch import _forced, _Trace
+from dashpot._backends import _forced
+from dashpot._dispatch import _Trace
 
 
 @dataclass

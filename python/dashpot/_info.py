@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 import dashpot
+from dashpot._backends import BACKENDS
 from dashpot._check import reasons
-from dashpot._dispatch import BACKENDS, REGISTRY, Op
+from dashpot._dispatch import REGISTRY, Op
 
 
 def devices() -> tuple[str, ...]:

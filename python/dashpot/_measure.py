@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dashpot import _check
-from dashpot._dispatch import Chain, Op, backend
+from dashpot._backends import backend
+from dashpot._dispatch import Chain, Op
 from dashpot._info import device_name
 
 PEER_LIMIT = 1e-2
