@@ -62,9 +62,10 @@ clean:
 # Stamps. torch comes in the same call as all other pins, so that nothing else chooses its version.
 # The package's stamp is named after the list of its files: with one more or one less it is installed
 # anew, since an editable install knows its modules by name.
-.venv/tools: requirements-dev.txt
+.venv/tools: requirements-dev.txt requirements-peers.txt
 	$(PYTHON) -m venv .venv
 	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps -r requirements-peers.txt
 	touch $@
 
 $(PACKAGE): .venv/tools pyproject.toml CMakeLists.txt $(shell find csrc -type f)

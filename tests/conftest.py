@@ -55,6 +55,7 @@ BACKENDS["emulator"] = Backend("emulator", lambda family: _emulated(), ("cpu",),
 def pytest_configure(config):
     config.addinivalue_line("markers", "triton: runs a Triton kernel")
     config.addinivalue_line("markers", "emulator: runs a CUDA kernel on the CPU")
+    config.addinivalue_line("markers", "peers: needs the libraries of requirements-peers.txt")
     config.addinivalue_line("markers", "absent: there is no such case in this process")
     config.addinivalue_line("markers", "cases(**selection): the cases a test takes")
     config.addinivalue_line("markers", "tests_op(name): the op whose backends `backend` stands for")
