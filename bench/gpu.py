@@ -25,6 +25,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -46,7 +47,6 @@ LIMIT = 540.0  # seconds for all steps
 GRACE = 10.0  # from the interrupt, after which pytest still writes what it has, to the kill
 TAIL = 60  # lines of each step's output that are kept in the JSON
 
-OPS = ("gram", "pairwise_sqdist", "combine", "flag_coeffs")  # what has CUDA kernels
 DISPATCH = "bench/bench_dispatch.py"
 
 
@@ -102,12 +102,27 @@ for module in (dashpot, dashpot._C):
 """
 
 
+def cuda_ops() -> list[str]:
+    """The ops with a CUDA kernel, as the bindings name them."""
+    texts = [file.read_text() for file in sorted((ROOT / "csrc").rglob("*.cpp"))]
+    return sorted({op for text in texts for op in re.findall(r'"(\w+)_forward_cuda"', text)})
+
+
 def _sanitized(tool: str, seconds: float) -> Step:
     """A short run of the CUDA kernels alone. Without torch's cache each tensor is an allocation of
     its own, so that a read or write beyond its end is one beyond an allocation."""
     command = ["compute-sanitizer", "--tool", tool, "--target-processes", "all"]
     command += ["--error-exitcode", "1", "--kernel-name", "kns=dashpot"]
-    command += [sys.executable, "-m", "dashpot", "check", *OPS, "--backend", "cuda", "--quick"]
+    command += [
+        sys.executable,
+        "-m",
+        "dashpot",
+        "check",
+        *cuda_ops(),
+        "--backend",
+        "cuda",
+        "--quick",
+    ]
     return Step(tool, command, seconds, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
