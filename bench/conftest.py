@@ -4,6 +4,8 @@
     SIZES = {torch.float32: [(15, 1_000_000)]}   # by dtype, what the op's `inputs` takes
     OPTIONS = [{}, {"lam": 1.0}]               # keyword arguments (optional)
     PEERS = {"X @ X.T": Peer(...)}             # the same result by other means (optional)
+    GRADIENT = (0,)                            # forward + backward, for these arguments (optional)
+    FLOOR = lambda *args: (bytes, flops)       # of both passes; default: the op's own (optional)
 
     def test_gram(measure):
         measure()
@@ -71,7 +73,9 @@ class Plan:
     options: dict
     threads: int
     contender: str
-    peer: Callable | None
+    peer: _measure.Peer | None
+    gradient: tuple[int, ...]
+    bound: Callable | None
 
     @property
     def group(self) -> str:
@@ -110,12 +114,15 @@ def plans(config, module) -> list[Plan]:
     ):
         small = _measure.case(op, _alike(op, size), dtype, DEVICE, **options)
         contenders = [(name, None) for name in small.backends()] + [
-            (name, peer.function)
+            (name, peer)
             for name, peer in getattr(module, "PEERS", {}).items()
             if peer.when(size, dtype, DEVICE, options)
         ]
         for threads, (name, peer) in itertools.product(_threads(config), contenders):
-            result.append(Plan(op.name, size, dtype, options, threads, name, peer))
+            result.append(
+                Plan(op.name, size, dtype, options, threads, name, peer,
+                     getattr(module, "GRADIENT", ()), getattr(module, "FLOOR", None))
+            )  # fmt: skip
     return result
 
 
@@ -147,13 +154,14 @@ class Shared:
         key = (plan.op, plan.size, plan.dtype)
         if key != self.key:
             self.key, self.cases, self.inputs = key, {}, []
-            case = _measure.case(REGISTRY[plan.op], plan.size, plan.dtype, DEVICE)
+            case = _measure.case(REGISTRY[plan.op], plan.size, plan.dtype, DEVICE, plan.gradient)
             self.inputs = _measure.rotated(case.args, DEVICE)
         options = tuple(plan.options.items())
         if options not in self.cases:
             self.cases[options] = _measure.Case(
-                REGISTRY[plan.op], plan.size, plan.dtype, DEVICE, self.inputs[0], plan.options
-            )
+                REGISTRY[plan.op], plan.size, plan.dtype, DEVICE, self.inputs[0], plan.options,
+                plan.gradient, plan.bound,
+            )  # fmt: skip
         return self.cases[options]
 
 

@@ -105,7 +105,7 @@ def _case(row: dict) -> tuple[str, ...]:
 def _is_peer(rows: Sequence[dict], name: str) -> bool:
     if name == _ASIDE:
         return True
-    return any(row["contender"] == name and row["kind"] == "peer" for row in rows)
+    return any(row["contender"] == name and row["kind"] != "backend" for row in rows)
 
 
 def _speedup(row: dict, other: dict | None) -> str:

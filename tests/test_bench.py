@@ -11,6 +11,7 @@ import pytest
 import torch
 from dashpot import REGISTRY, _measure
 from dashpot._backends import BACKENDS
+from dashpot._measure import Peer
 
 ROOT = Path(__file__).resolve().parents[1]
 COMBINE = REGISTRY["combine"]
@@ -36,7 +37,10 @@ def small_case():
 
 
 def product(grads, coeffs, p):
-    return coeffs.float() @ grads[0]  # (p,) @ (p, d) -> (d,)
+    return coeffs.to(grads[0].dtype) @ grads[0]  # (p,) @ (p, d) -> (d,)
+
+
+PRODUCT = Peer(product)
 
 
 # --------------------------------------------------------------------------------------------
@@ -44,7 +48,7 @@ def product(grads, coeffs, p):
 
 
 def test_measure(small_case):
-    row, seen = _measure.measure(small_case, "c @ X", peer=product, seconds=0.005, threads=1)
+    row, seen = _measure.measure(small_case, "c @ X", peer=PRODUCT, seconds=0.005, threads=1)
     assert (row.op, row.contender, row.kind, row.size) == ("combine", "c @ X", "peer", [3, 1000])
     assert row.rounds == len(seen) >= _measure.MIN_ROUNDS
     assert min(seen) <= row.p20 <= row.median <= row.p80 <= max(seen)
@@ -66,7 +70,36 @@ def test_measure(small_case):
 )
 def test_a_wrong_peer_is_refused(small_case, peer, message):
     with pytest.raises(_measure.RefusedError, match=message):
-        _measure.measure(small_case, "a peer", peer=peer)
+        _measure.measure(small_case, "a peer", peer=Peer(peer))
+
+
+def test_forward_and_backward():
+    case = _measure.case(COMBINE, (3, 1000), torch.float32, "cpu", gradient=(0,))
+    case.bound = lambda grads, coeffs, p: (4 * grads[0].numel(), 7)
+    for name, peer in (("reference", None), ("c @ X", PRODUCT)):
+        row, _ = _measure.measure(case, name, peer=peer, seconds=0.005, threads=1)
+        assert row.passes == "forward + backward"
+        assert (row.bytes, row.flops) == (12000, 7)
+        assert row.peak_memory >= 4 * 4000  # the update and the gradient
+    outputs, grads = case.step(product)(*case.args)
+    assert [x.shape for x in (*outputs, *grads)] == [(1000,), (3, 1000)]
+
+
+def test_a_wrong_gradient_is_refused():
+    case = _measure.case(COMBINE, (3, 1000), torch.float32, "cpu", gradient=(0,))
+
+    def steeper(grads, *rest):
+        return product([grads[0] + 0.1 * (grads[0] - grads[0].detach())], *rest)
+
+    with pytest.raises(_measure.RefusedError, match=r"error 1.00e-01, limit 1.00e-02"):
+        _measure.measure(case, "a peer", peer=Peer(steeper))
+
+
+def test_a_yardstick_is_timed_as_it_is(small_case):
+    half = Peer(lambda grads, coeffs, p: grads[0][0] * 2, checked=False)
+    row, seen = _measure.measure(small_case, "half", peer=half, seconds=0.005, threads=1)
+    assert (row.kind, row.error, row.error_limit) == ("yardstick", None, None)
+    assert row.median > 0 and len(seen) >= _measure.MIN_ROUNDS
 
 
 def test_a_wrong_backend_is_refused(small_case, monkeypatch):
@@ -147,15 +180,17 @@ FILES = sorted(f"{p.parent.name}.{p.stem}" for p in (ROOT / "bench").glob("*/ben
 
 @pytest.mark.parametrize("name", FILES)
 def test_peers_compute_the_same(name):
-    module = bench_module(name)
-    op, size = REGISTRY[module.OP], (7, 3000)
+    """On the op's largest test inputs of the form that is timed; errors and limits are verify's."""
+    module, plan = bench_module(name), bench_module("conftest")
+    op = REGISTRY[module.OP]
+    dtype, sizes = next(iter(module.SIZES.items()))
+    size = plan._alike(op, sizes[0])
     for options in getattr(module, "OPTIONS", [{}]):
-        row = _measure.case(op, size, torch.float32, "cpu", **options)
+        row = _measure.case(op, size, dtype, "cpu", getattr(module, "GRADIENT", ()), **options)
         for peer_name, peer in getattr(module, "PEERS", {}).items():
-            verdict = _measure.verify(row, peer_name, peer.function, is_peer=True)
-            # The published algorithm starts at random: its first weights are off by m/d.
-            assert verdict.error < 1e-3, peer_name
-            assert peer.when(size, torch.float32, "cpu", options)
+            if peer.checked and peer.when(size, row.dtype, "cpu", options):
+                verdict = _measure.verify(row, peer_name, peer.function, is_peer=True)
+                assert verdict.ok and verdict.error < 1, peer_name
 
 
 def test_options_change_the_result():

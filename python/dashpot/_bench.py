@@ -67,7 +67,7 @@ def run(
             inputs = _measure.rotated(case.args, device)
             contenders = [(backend, None) for backend in case.backends()]
             if compiled and isinstance(op, Op):  # a chain's ops are opaque to the compiler
-                contenders.append((COMPILED, torch.compile(op.reference)))
+                contenders.append((COMPILED, _measure.Peer(torch.compile(op.reference))))
             for contender, peer in contenders:
                 try:
                     row, _ = _measure.measure(

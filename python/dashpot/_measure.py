@@ -6,6 +6,10 @@ timed on rotated copies of the inputs, so that they come from memory and not fro
 stretches of them a plain copy loop is timed, so that the floor and the op meet the same machine.
 
     floor = bytes that no implementation can avoid / bandwidth of the copy (bytes read + written)
+
+With `gradient` a call is forward and backward: the gradients of the arguments at those positions
+are formed, checked and timed with it. A yardstick (the bare matrix products of a loss, say) is
+timed beside the contenders; it computes something else, so it is not checked.
 """
 
 from __future__ import annotations
@@ -45,7 +49,8 @@ class Row:
 
     op: str
     contender: str
-    kind: str  # "backend" or "peer"
+    kind: str  # "backend", "peer" or "yardstick"
+    passes: str  # "forward" or "forward + backward"
     size: list
     dtype: str
     options: dict
@@ -63,24 +68,29 @@ class Row:
     share: float  # floor / median: 1 is as fast as the memory
     gbps: float  # floor bytes / median
     peak_memory: int  # most allocated at one time beyond the inputs; outputs included
-    error: float
-    error_limit: float
+    error: float | None  # of a yardstick: none
+    error_limit: float | None
 
 
 @dataclass
 class Peer:
     """The same result by other means. function(*args of the op, **options) -> its outputs.
 
-    when: (size, dtype, device, options) for which it is listed.
+    when: (size, dtype, device, options) for which it is listed. checked: False for a yardstick.
     """
 
     function: Callable
     when: Callable = lambda size, dtype, device, options: True
+    checked: bool = True
 
 
 @dataclass
 class Case:
-    """An op on one set of inputs; holds what its contenders share."""
+    """An op on one set of inputs; holds what its contenders share.
+
+    gradient: positions of the arguments whose gradient belongs to a call; their tensors require
+    it. bound: (*args) -> (bytes, flops) in place of the op's own floor, which is the forward's.
+    """
 
     op: Op | Chain
     size: tuple
@@ -88,25 +98,66 @@ class Case:
     device: str
     args: tuple
     options: dict = field(default_factory=dict)
+    gradient: tuple[int, ...] = ()
+    bound: Callable | None = None
 
     @functools.cached_property
     def expected(self) -> _check.Expected:
-        return _check.expect(self.op, self.args, self.options, gradients=False)
+        return _check.expect(self.op, self.args, self.options, gradients=bool(self.gradient))
 
     @functools.cached_property
     def floor(self) -> tuple[int, int]:
         """(bytes, flops)"""
-        return self.op.floor(*self.args)
+        return (self.bound or self.op.floor)(*self.args)
+
+    def step(self, function: Callable) -> Callable:
+        """What is timed: function(*args), or its outputs and the gradients asked for."""
+        if not self.gradient:
+            return function
+        cotangents = self.expected.cotangents
+
+        def run(*args):
+            with torch.enable_grad():
+                outputs = [out for out in _check.flatten(function(*args)) if out.requires_grad]
+            like = [c.to(out.dtype) for c, out in zip(cotangents, outputs, strict=False)]
+            leaves = [x for i in self.gradient for x in _check.flatten(args[i])]
+            return outputs, torch.autograd.grad(outputs[: len(like)], leaves, like)
+
+        return run
+
+    def truths(self) -> list[Tensor]:
+        """The true outputs, then the true gradients that a call forms."""
+        truth = self.expected.truth
+        outputs = [value for name, value in truth.items() if name.startswith("output")]
+        floats = [
+            i for i, arg in enumerate(self.args)
+            for x in _check.flatten(arg) if x.is_floating_point()
+        ]  # fmt: skip
+        return outputs + [
+            truth[f"gradient {k}"] for k, i in enumerate(floats) if i in self.gradient
+        ]
 
     def backends(self) -> list[str]:
         return _check.contenders(self.op, self.args, self.options)
 
 
-def case(op: Op | Chain, size: tuple, dtype: torch.dtype, device: str, **options) -> Case:
+def case(
+    op: Op | Chain,
+    size: tuple,
+    dtype: torch.dtype,
+    device: str,
+    gradient: Sequence[int] = (),
+    **options,
+) -> Case:
     """The op's own inputs; an op that fixes its dtype (float64 solves) keeps it."""
     args = op.inputs(size, dtype, torch.device(device), 0)
+    args = tuple(
+        _check.map_tensors(Tensor.requires_grad_, arg) if i in gradient else arg
+        for i, arg in enumerate(args)
+    )
     found = [x.dtype for x in _check.flatten(args) if x.is_floating_point()]
-    return Case(op, size, dtype if dtype in found else found[0], device, args, options)
+    dtype = dtype if dtype in found else found[0]
+    return Case(op, size, dtype, device, args, options, tuple(gradient))
 
 
 # --------------------------------------------------------------------------------------------
@@ -117,26 +168,30 @@ def verify(row: Case, name: str, function: Callable, is_peer: bool) -> _check.Ve
     """Raise RefusedError if a contender is wrong. A peer may be less exact than a backend: it sums
     millions of terms in the input's dtype. It must compute the same thing, to a hundredth or to
     half of the dtype's digits; its error is in the row."""
-    with torch.no_grad():
-        if is_peer:
-            verdict = _peer_verdict(row, function(*row.args, **row.options))
-        else:
-            verdict = _check.compare(
-                row.op, name, row.args, row.options, gradients=False, expected=row.expected
-            )
+    if is_peer:
+        with torch.no_grad():
+            outputs, grads = function(*row.args, **row.options), []
+        if row.gradient:
+            grads = row.step(functools.partial(function, **row.options))(*row.args)[1]
+        verdict = _peer_verdict(row, outputs, grads)
+    else:
+        verdict = _check.compare(row.op, name, row.args, row.options, expected=row.expected)
     if not verdict.ok or verdict.trivial:
         why = str(verdict) if not verdict.ok else "every expected value is 0"
         raise RefusedError(f"{row.op.name} by {name} on {row.size} {row.dtype}: {why}")
     return verdict
 
 
-def _peer_verdict(row: Case, got) -> _check.Verdict:
+def _peer_verdict(row: Case, got, grads: Sequence[Tensor]) -> _check.Verdict:
     limit = max(PEER_LIMIT, torch.finfo(row.dtype).eps ** 0.5)
-    outputs, truths = list(_check.flatten(got)), list(row.expected.truth.values())
+    outputs, truths = list(_check.flatten(got)), row.truths()
     if not outputs:
         return _check.Verdict(False, float("inf"), 0.0, limit, why="the peer returned no tensor")
+    forward = truths[: len(truths) - len(grads)]
+    pairs = [*zip(outputs, forward, strict=False)]  # a peer may leave out later outputs
+    pairs += zip(grads, truths[len(forward) :], strict=True)
     error = 0.0
-    for one, truth in zip(outputs, truths, strict=False):  # a peer may leave out later outputs
+    for one, truth in pairs:
         if one.shape != truth.shape:
             why = f"expected {tuple(truth.shape)}, got {tuple(one.shape)}"
             return _check.Verdict(False, float("inf"), 0.0, limit, why=why)
@@ -163,7 +218,11 @@ def rotated(args: Sequence, device: str) -> list:
     tensors = list(_check.flatten(args))
     size = max(1, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
     count = min(_COPIES, max(2, -(-4 * cache_bytes(device) // size)))
-    return [args, *(_check.map_tensors(Tensor.clone, args) for _ in range(count - 1))]
+
+    def copy(x: Tensor) -> Tensor:
+        return x.detach().clone().requires_grad_(x.requires_grad)
+
+    return [args, *(_check.map_tensors(copy, args) for _ in range(count - 1))]
 
 
 class CopyLoop:
@@ -283,10 +342,10 @@ def peak_memory(function: Callable, args: Sequence, device: str) -> int:
 
 
 def measure(row: Case, name: str, *, threads: int | None = None, seconds: float = 0.25,
-            peer: Callable | None = None, copy: CopyLoop | None = None,
+            peer: Peer | None = None, copy: CopyLoop | None = None,
             inputs: Sequence | None = None,
             peak_flops: float | None = None) -> tuple[Row, list[float]]:  # fmt: skip
-    """Check a contender, then time it. name: a backend, or the name of `peer`.
+    """Check a contender (not a yardstick), then time it. name: a backend, or that of `peer`.
 
     Returns the row and the seconds of each round. Raises RefusedError if the result is wrong.
     copy, inputs: a CopyLoop and what `rotated` returned, to be shared between rows.
@@ -294,13 +353,15 @@ def measure(row: Case, name: str, *, threads: int | None = None, seconds: float 
     """
     threads = torch.get_num_threads() if threads is None else threads
     with _check.threads(threads):
+        function = row.op.function if isinstance(row.op, Chain) else row.op
         if peer is not None:
-            function = functools.partial(peer, **row.options)
+            function = peer.function
+        verdict = None
+        if peer is None or peer.checked:
+            verdict = verify(row, name, function, peer is not None)
+            function = row.step(functools.partial(function, **row.options))
         else:
-            function = functools.partial(
-                row.op.function if isinstance(row.op, Chain) else row.op, **row.options
-            )
-        verdict = verify(row, name, peer, peer is not None)
+            function = functools.partial(function, **row.options)
         copy = copy or CopyLoop(row.device)
         copy.start(row.floor[0])
         with backend(None if peer is not None else name):
@@ -315,12 +376,15 @@ def _row(row, name, peer, threads, seen, bandwidth, peak_flops, peak, verdict) -
     p20, median, p80 = _percentiles(seen)
     floor = max(size / bandwidth, flops / peak_flops if peak_flops else 0.0)
     return Row(
-        op=row.op.name, contender=name, kind="backend" if peer is None else "peer",
+        op=row.op.name, contender=name,
+        kind="backend" if peer is None else "peer" if peer.checked else "yardstick",
+        passes="forward + backward" if row.gradient else "forward",
         size=list(row.size), dtype=str(row.dtype).removeprefix("torch."), options=row.options,
         device=row.device, device_name=device_name(row.device), threads=threads,
         median=median, p20=p20, p80=p80, rounds=len(seen), bytes=size, flops=flops,
         bandwidth=bandwidth, floor=floor, share=floor / median, gbps=size / median / 1e9,
-        peak_memory=peak, error=verdict.error, error_limit=verdict.limit,
+        peak_memory=peak, error=verdict.error if verdict else None,
+        error_limit=verdict.limit if verdict else None,
     )  # fmt: skip
 
 
