@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dashpot._bench import duration, plot, size_label
+from dashpot._bench import duration, megabytes, option_label, plot, size_label
 from dashpot._dispatch import REGISTRY
 
 BLOCK = re.compile(r"(<!-- bench:(?P<what>[^>]*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -44,7 +44,7 @@ def read(paths: Sequence[str]) -> list[dict]:
 
 def value_of(row: dict, key: str) -> str:
     if key in row.get("options", {}):
-        return f"{row['options'][key]:g}"
+        return option_label(row["options"][key])
     if key not in row:
         raise ValueError(f"key: expected one of {', '.join((*row, *row['options']))}, got {key!r}")
     return size_label(row["size"]) if key == "size" else str(row[key])
@@ -72,7 +72,10 @@ def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """One op's table: a line per case, dashpot's time, its share of the floor, x against each."""
+    """One op's table: a line per case, dashpot's time, its share of the floor, x against each.
+
+    Where a gradient is formed, the peak memory (outputs and gradients included) stands beside each.
+    """
     if rows[0]["op"] == "dispatch":
         return dispatch_table(rows)
     groups: dict[tuple, dict[str, dict]] = {}
@@ -84,7 +87,9 @@ def table(rows: Sequence[dict]) -> str:
     own = [name for name in names if name not in others] or [_ASIDE]
     others = [name for name in others if name not in own]
     several = len({key[0] for key in groups}) > 1
+    memory = rows[0].get("passes") == "forward + backward"
     headers = ["size", "dtype", *rows[0]["options"], "threads", "backend", "dashpot", "of floor"]
+    headers += ["memory"] * memory
     headers = (["device"] if several else []) + headers + [f"vs {name}" for name in others]
     lines = []
     for key, group in groups.items():
@@ -92,7 +97,8 @@ def table(rows: Sequence[dict]) -> str:
             if name in group:
                 row = group[name]
                 cells = [*key[1:], name, duration(row["median"]), f"{row['share']:.0%}"]
-                cells += [_speedup(row, group.get(other)) for other in others]
+                cells += [megabytes(row["peak_memory"])] * memory
+                cells += [_speedup(row, group.get(other), memory) for other in others]
                 lines.append(([key[0]] if several else []) + cells)
     return markdown(headers, lines)
 
@@ -108,8 +114,11 @@ def _is_peer(rows: Sequence[dict], name: str) -> bool:
     return any(row["contender"] == name and row["kind"] != "backend" for row in rows)
 
 
-def _speedup(row: dict, other: dict | None) -> str:
-    return f"{other['median'] / row['median']:.3g}x" if other else ""
+def _speedup(row: dict, other: dict | None, memory: bool) -> str:
+    if not other:
+        return ""
+    beside = f" ({megabytes(other['peak_memory'])})" if memory else ""
+    return f"{other['median'] / row['median']:.3g}x{beside}"
 
 
 def dispatch_table(rows: Sequence[dict]) -> str:
@@ -133,7 +142,9 @@ def tables(rows: Sequence[dict]) -> str:
     for name in dict.fromkeys(row["op"] for row in rows):
         chosen = [row for row in rows if row["op"] == name]
         machines = dict.fromkeys(f"{row['device_name']}, torch {row['torch']}" for row in chosen)
-        parts.append(f"### {name}\n\n{'; '.join(machines)}\n\n{table(chosen)}")
+        passes = " and ".join(dict.fromkeys(row.get("passes", "") for row in chosen))
+        heading = f"### {name}" + f", {passes}" * bool(passes)
+        parts.append(f"{heading}\n\n{'; '.join(machines)}\n\n{table(chosen)}")
     return "\n".join(parts)
 
 

@@ -247,7 +247,8 @@ def row_of(op="flag_aggregate", contender="cpp", kind="backend", median=1e-3, **
         "op": op, "contender": contender, "kind": kind, "size": [15, 1_000_000],
         "dtype": "float32", "options": {"lam": 0.0}, "device": "cpu", "device_name": "a CPU",
         "threads": 1, "median": median, "p20": 0.9 * median, "p80": 1.1 * median,
-        "bytes": 124_000_000, "floor": 8e-4, "share": 8e-4 / median, "torch": "2.13.0",
+        "bytes": 124_000_000, "floor": 8e-4, "share": 8e-4 / median, "peak_memory": 4_000_000,
+        "torch": "2.13.0",
     }  # fmt: skip
     return {**row, **changes}
 
@@ -277,6 +278,19 @@ def test_table(report):
         "| 15x1e6 | float32 | 0 | 1 | cpp | 1 ms | 80% | 4x | 250x |",
         "| 15x1e6 | float32 | 0 | 2 | cpp | 500 us | 160% | 6x |  |",
     ]
+
+
+def test_table_of_forward_and_backward_tells_the_memory(report):
+    both = {"passes": "forward + backward", "options": {"kind": "power"}}
+    rows = [
+        row_of(peak_memory=12_345_678, **both),
+        row_of(contender="products", kind="yardstick", median=5e-4, peak_memory=1000, **both),
+    ]
+    assert report.table(rows).splitlines()[::2] == [
+        "| size | dtype | kind | threads | backend | dashpot | of floor | memory | vs products |",
+        "| 15x1e6 | float32 | power | 1 | cpp | 1 ms | 80% | 12.3 MB | 0.5x (0.001 MB) |",
+    ]
+    assert "### flag_aggregate, forward + backward\n" in report.tables(rows)
 
 
 def test_table_names_the_device_where_there_are_several(report):
