@@ -2,24 +2,30 @@
 
     --table            print one markdown table per op (the default if nothing else is asked for)
     --plots DIR        one plot per family: time over size, a line per contender, the floor dashed
-    --update FILE      replace what stands between <!-- bench:NAME --> and <!-- /bench --> in FILE
+    --update FILE      replace what stands between <!-- bench:NAME --> and <!-- /bench --> in FILE,
+                       and between <!-- ops:FAMILY --> and <!-- /ops -->
 
-NAME is an op, or "dispatch"; key=value pairs after it choose rows, as in
+FAMILY's table tells what the sources hold: an op is served by a backend if there is a function
+`<op>_forward` for it. NAME is an op, or "dispatch"; key=value pairs after it choose rows, as in
 <!-- bench:flag_aggregate dtype=float32 threads=2 -->. Keys: those of a row and its options.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import dashpot
 from dashpot._bench import duration, megabytes, option_label, plot, size_label
-from dashpot._dispatch import REGISTRY
+from dashpot._dispatch import REGISTRY, Chain
 
+ROOT = Path(__file__).resolve().parents[1]
+OPS = re.compile(r"(<!-- ops:(?P<family>\w+) -->\n).*?(<!-- /ops -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- bench:(?P<what>[^>]*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _ASIDE = "reference"  # not dashpot's own speed: a column, like a peer
 
@@ -148,6 +154,44 @@ def tables(rows: Sequence[dict]) -> str:
     return "\n".join(parts)
 
 
+# --------------------------------------------------------------------------------------------
+# The ops and their backends
+
+
+def kernels() -> dict[str, set[str]]:
+    """{"C++" | "CUDA" | "Triton": ops with a kernel there}, as the sources have them."""
+    bound = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cpp"))
+    triton = "".join(path.read_text() for path in (ROOT / "triton_kernels").rglob("*.py"))
+    return {
+        "C++": set(re.findall(r'"(\w+)_forward"', bound)),
+        "CUDA": set(re.findall(r'"(\w+)_forward_cuda"', bound)),
+        "Triton": set(re.findall(r"^def ([a-z]\w+)_forward\(", triton, re.MULTILINE)),
+    }
+
+
+def ops_table(family: str) -> str:
+    """The family's public ops: what they compute, their backends, their gradient."""
+    places, lines = kernels(), []
+    for name, op in REGISTRY.items():
+        function = getattr(dashpot.functional, name, None)
+        if op.family != family or function is None:
+            continue
+        parts = op.ops if isinstance(op, Chain) else (op,)
+        served = [sum(part.name in ops for part in parts) for ops in places.values()]
+        cells = ["yes" if n == len(parts) else "in parts" if n else "-" for n in served]
+        what = inspect.getdoc(function).partition("\n")[0].removesuffix(".").replace("|", "\\|")
+        what = re.sub(r":math:`([^`]*)`", r"$\1$", what)
+        lines.append((f"`{name}`", what, *cells, "yes" if op.differentiable else "-"))
+    if not lines:
+        raise ValueError(f"ops:{family}: expected a family with public ops, got none")
+    return markdown(("op", "what it computes", *places, "gradient"), lines)
+
+
+def update_ops(text: str) -> str:
+    """`text` with every family's table replaced."""
+    return OPS.sub(lambda m: f"{m[1]}{ops_table(m['family'])}{m[3]}", text)
+
+
 def update(text: str, rows: Sequence[dict]) -> str:
     """`text` with every block's content replaced."""
     if not BLOCK.search(text):
@@ -210,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(file, file=sys.stderr)
         if options.update:
             path = Path(options.update)
-            path.write_text(update(path.read_text(), rows))
+            path.write_text(update(update_ops(path.read_text()), rows))
     except ValueError as error:
         parser.error(str(error))
     return 0

@@ -322,6 +322,17 @@ def test_update(report):
     assert report.update(new, ROWS) == new
 
 
+def test_the_table_of_ops_is_that_of_the_sources(report):
+    readme = (ROOT / "README.md").read_text()
+    assert report.update_ops(readme) == readme, "python -m bench.report RESULTS --update README.md"
+    families = set(report.OPS.findall(readme))
+    assert {name for _, name, _ in families} == {op.family for op in REGISTRY.values()}
+    row = next(line for line in readme.splitlines() if line.startswith("| `combine` |"))
+    assert row.endswith("| yes | yes | yes | yes |")
+    with pytest.raises(ValueError, match="ops:nothing"):
+        report.ops_table("nothing")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
