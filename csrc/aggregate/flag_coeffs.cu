@@ -29,7 +29,8 @@ int threads_for(int p) { return p <= 16 ? 128 : p <= 32 ? 256 : 384; }
 }  // namespace
 
 bool fits_block(int64_t numbers, int device) {
-  return numbers * static_cast<int64_t>(sizeof(double)) <= shared_limit(device);
+  const int64_t kStatic = 1 << 10;  // what a block may hold besides
+  return numbers * static_cast<int64_t>(sizeof(double)) + kStatic <= shared_limit(device);
 }
 
 void flag_coeffs_cuda(const double* k, int p, const FlagOptions& options, double* work, double* c,

@@ -32,13 +32,14 @@ DASHPOT_HD void clean_distances(const Team& team, const double* d, int p, double
 DASHPOT_HD inline int rank_of(const double* values, int n, int at) {
   const double value = values[at];
   int rank = 0;
-  for (int l = 0; l < n; ++l) rank += values[l] < value || (values[l] == value && l < at);
+  for (int l = 0; l < at; ++l) rank += values[l] <= value;
+  for (int l = at + 1; l < n; ++l) rank += values[l] < value;
   return rank;
 }
 
 // float64 numbers of `work` for p rows.
 DASHPOT_HD inline int64_t krum_work_size(int64_t p) { return 2 * p * p; }
-DASHPOT_HD inline int64_t nnm_work_size(int64_t p) { return p * p; }
+DASHPOT_HD inline int64_t nnm_work_size(int64_t p) { return p * p + p; }
 
 // d (p, p) -> c (p,), scores (p,).
 template <class Team>
@@ -70,16 +71,20 @@ DASHPOT_HD void krum_solve(const Team& team, const double* d, int p, int k, int 
 template <class Team>
 DASHPOT_HD void nnm_solve(const Team& team, const double* d, int p, int f, double* work,
                           double* mixing) {
-  double* distance = work;  // (p, p)
+  double* distance = work;      // (p, p)
+  double* good = work + p * p;  // (p,) how many rows row i has to choose from, itself too
   clean_distances(team, d, p, distance);
-  for (int i = team.rank; i < p; i += team.size) distance[i * p + i] = -1;  // itself first
+  for (int i = team.rank; i < p; i += team.size) {
+    int usable = is_finite(d[i * p + i]);
+    for (int j = 0; j < p; ++j) usable += is_finite(distance[i * p + j]);
+    good[i] = usable;
+    distance[i * p + i] = -1;  // itself first
+  }
   team.sync();
   for (int e = team.rank; e < p * p; e += team.size) {
     const int i = e / p;
     const double* row = distance + i * p;
-    int usable = 0;
-    for (int j = 0; j < p; ++j) usable += is_finite(row[j]);
-    const bool known = usable >= p - f && is_finite(d[i * p + i]);
+    const bool known = good[i] >= p - f && is_finite(d[i * p + i]);
     mixing[e] = !known ? NAN : rank_of(row, p, e % p) < p - f ? 1.0 / (p - f) : 0.0;
   }
 }
