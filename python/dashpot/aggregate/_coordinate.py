@@ -7,7 +7,7 @@ row spoils only the mixtures it is part of).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -27,29 +27,29 @@ def _chunk(device: torch.device) -> int:
     return 1 << 14 if device.type == "cpu" else 1 << 22
 
 
+def mixed_rows(rows: Rows, mixing: Tensor) -> Iterator[Iterator[Iterator[Tensor]]]:
+    """mixing (p', p) times the rows: for each group, its segments; for each segment, (p', n) of
+    some coordinates at a time."""
+    device = rows.groups[0][0].device
+    weights = mixing.to(device).unbind(0)  # p' of (p,)
+
+    def chunks(own: list[Tensor]) -> Iterator[Tensor]:
+        for part in zip(*(row.reshape(-1).split(_chunk(device)) for row in own), strict=True):
+            yield torch.stack([COMBINE(list(part), c, rows.p)[0] for c in weights])
+
+    for group in rows.groups:
+        tensors = group[0].reshape(rows.p, -1).unbind(0) if len(group) == 1 else group
+        yield (chunks(tensors[s : s + rows.p]) for s in range(0, len(tensors), rows.p))
+
+
 def apply_mixed(
     grads: Grads, rows: Rows, mixing: Tensor, function: Callable[[Tensor], Tensor]
 ) -> Update:
-    """function on the rows mixing G, (p', n) -> (n,), over chunks of coordinates."""
-    device = rows.groups[0][0].device
-    mixing = mixing.to(device)
-    weights = mixing.unbind(0)  # p' of (p,)
-    outs = []
-    for group in rows.groups:
-        tensors = group[0].reshape(rows.p, -1).unbind(0) if len(group) == 1 else group
-        segments = []
-        for s in range(0, len(tensors), rows.p):
-            own = [tensor.reshape(-1) for tensor in tensors[s : s + rows.p]]  # p of (n,)
-            parts = zip(*(row.split(_chunk(device)) for row in own), strict=True)
-            segments.append(
-                torch.cat(
-                    [
-                        function(torch.stack([COMBINE(list(part), c, rows.p)[0] for c in weights]))
-                        for part in parts
-                    ]
-                )
-            )
-        outs.append(segments)
+    """function on the mixed rows, (p', n) -> (n,), some coordinates at a time."""
+    outs = [
+        [torch.cat([function(mixed) for mixed in chunks]) for chunks in segments]
+        for segments in mixed_rows(rows, mixing)
+    ]
     return rows.rebuild(outs, grads)
 
 
