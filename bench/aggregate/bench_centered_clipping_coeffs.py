@@ -1,4 +1,4 @@
-"""centered_clipping_coeffs: all steps on the distances (q, q) in float64; the reference is PyTorch."""
+"""centered_clipping_coeffs: steps on the distances (q, q) in float64; the reference is PyTorch."""
 
 import torch
 

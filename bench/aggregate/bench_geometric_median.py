@@ -1,5 +1,5 @@
-"""geometric_median: up to 100 steps in two reads. The peers read all rows in every step, and get five,
-which bring them to a hundredth of the median here."""
+"""geometric_median: up to 100 steps in two reads. The peers read all rows in every step, and get
+five, which bring them to a hundredth of the median here."""
 
 import torch
 from dashpot._measure import Peer

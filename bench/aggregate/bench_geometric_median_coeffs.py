@@ -1,4 +1,4 @@
-"""geometric_median_coeffs: all steps on the distances (q, q) in float64; the reference is PyTorch."""
+"""geometric_median_coeffs: steps on the distances (q, q) in float64; the reference is PyTorch."""
 
 import torch
 

@@ -1,5 +1,5 @@
-"""monna: the mean of the p - f rows nearest to worker 1, against byzfl, which needs the distances from
-that one worker alone, and so reads less."""
+"""monna: the mean of the p - f rows nearest to worker 1, against byzfl, which forms the distances
+from that one worker alone."""
 
 import torch
 from dashpot._measure import Peer

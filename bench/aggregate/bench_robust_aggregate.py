@@ -1,4 +1,4 @@
-"""robust_aggregate: what the one interface costs beside the rule's own function (flag_aggregate)."""
+"""robust_aggregate: what the one interface costs beside the rule's own function."""
 
 import dashpot
 import torch
