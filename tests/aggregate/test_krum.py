@@ -59,7 +59,7 @@ def test_errors(random_rows):
     rows = random_rows(5, 8)
     with pytest.raises(ValueError, match="f: expected at least 2 f"):
         dashpot.krum(rows, 2)
-    with pytest.raises(TypeError, match="grads: .*got str"):
+    with pytest.raises(TypeError, match=r"grads: .*got str"):
         dashpot.krum("rows", 1)
     with pytest.raises(ValueError, match="nonfinite: expected one of drop, raise, got 'keep'"):
         dashpot.krum(rows, 1, nonfinite="keep")

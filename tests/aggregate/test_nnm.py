@@ -63,5 +63,5 @@ def test_generator_decides(random_rows):
 def test_bucketing_errors(random_rows):
     with pytest.raises(ValueError, match="s: expected at least 1, got 0"):
         dashpot.bucketing(random_rows(5, 8), 0)
-    with pytest.raises(TypeError, match="generator: expected a torch.Generator, got int"):
+    with pytest.raises(TypeError, match=r"generator: expected a torch.Generator, got int"):
         dashpot.Bucketing(2, 7)

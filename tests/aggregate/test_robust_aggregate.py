@@ -173,7 +173,7 @@ def test_aggregator_keeps_its_rule(random_rows):
 
 def test_options_are_checked_when_it_is_made():
     make = dashpot.RobustAggregator
-    with pytest.raises(ValueError, match="rule: expected one of .*krum.*, got 'crumb'"):
+    with pytest.raises(ValueError, match=r"rule: expected one of .*krum.*, got 'crumb'"):
         make("crumb")
     with pytest.raises(TypeError, match=r"k: rule 'krum' has the options .*'f'.*, not this one"):
         make("krum", f=1, k=2)
@@ -269,7 +269,7 @@ def test_byzfls_arguments():
         names.Krum(f=-1)
     with pytest.raises(ValueError, match="f: expected 2 f < n = 4, got 2"):
         names.MultiKrum(f=2)(torch.zeros(4, 3))
-    with pytest.raises(TypeError, match="vectors: expected a NumPy array.*got str"):
+    with pytest.raises(TypeError, match=r"vectors: expected a NumPy array.*got str"):
         names.Average()("rows")
-    with pytest.raises(TypeError, match="m: expected an array or a torch.Tensor, got float"):
+    with pytest.raises(TypeError, match=r"m: expected an array or a torch.Tensor, got float"):
         names.CenteredClipping(m=0.0)
