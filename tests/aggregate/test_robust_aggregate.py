@@ -175,7 +175,7 @@ def test_options_are_checked_when_it_is_made():
     make = dashpot.RobustAggregator
     with pytest.raises(ValueError, match=r"rule: expected one of .*krum.*, got 'crumb'"):
         make("crumb")
-    with pytest.raises(TypeError, match=r"k: rule 'krum' has the options .*'f'.*, not this one"):
+    with pytest.raises(TypeError, match=r"k: rule 'krum' has the options f, .*, not this one"):
         make("krum", f=1, k=2)
     with pytest.raises(TypeError, match="f: rule 'krum' needs it"):
         make("krum")
