@@ -59,10 +59,10 @@ DASHPOT_HD_INLINE constexpr Network sorting_network(int n) {
     }
   }
   // What four comparators along each axis of a 4-dimensional cube leave open.
-  constexpr int kRest[28][2] = {{5, 10}, {6, 9},   {3, 12}, {13, 14}, {4, 8},  {7, 11}, {1, 2},
-                                {1, 4},  {7, 13},  {2, 8},  {11, 14}, {2, 4},  {5, 6},  {9, 10},
-                                {11, 13}, {3, 8},  {7, 12}, {6, 8},   {10, 12}, {3, 5}, {7, 9},
-                                {3, 4},  {5, 6},   {7, 8},  {9, 10},  {11, 12}, {6, 7}, {8, 9}};
+  constexpr int kRest[28][2] = {{5, 10},  {6, 9},  {3, 12}, {13, 14}, {4, 8},   {7, 11}, {1, 2},
+                                {1, 4},   {7, 13}, {2, 8},  {11, 14}, {2, 4},   {5, 6},  {9, 10},
+                                {11, 13}, {3, 8},  {7, 12}, {6, 8},   {10, 12}, {3, 5},  {7, 9},
+                                {3, 4},   {5, 6},  {7, 8},  {9, 10},  {11, 12}, {6, 7},  {8, 9}};
   for (const auto& pair : kRest) {
     if (pair[1] < n) network.add(pair[0], pair[1]);
   }
@@ -104,8 +104,8 @@ DASHPOT_HD_INLINE void sort_registers(V* x) {
   }
 }
 
-// Two sorted blocks of kBlock values, `stride` apart each: the lower half of all to `low`, the upper
-// half to `high`, both sorted.
+// Two sorted blocks of kBlock values, `stride` apart each: the lower half of all to `low`, the
+// upper half to `high`, both sorted.
 template <class V>
 DASHPOT_HD_INLINE void merge_blocks(V* low, V* high, int stride) {
   V x[kBlock];
