@@ -135,20 +135,8 @@ __attribute__((noinline)) double exact_lane(const T* base, int step, const RuleS
 template <class T, Isa isa>
 DASHPOT_INLINE Vec<float, isa> window_rule(const FromTile<T, isa>& get, const RuleSet& set,
                                            Rule rule) {
-  using V = Vec<float, isa>;
-  const V infinity = V{} + std::numeric_limits<float>::infinity();
-  const int count = set.count, f = set.f;
-  V mean, unsure;
-  if (rule == Rule::kMeamed) {
-    AroundMedian<V> nearer(get((count - 1) / 2), get(count / 2));
-    mean = nearest_mean<V>(get, count, count - f, nearer);
-    unsure = size_of(nearer.sum) < infinity ? V{} : V{} + 1;
-  } else {
-    const V low = size_of(get(f)), high = size_of(get(count - f - 1));
-    AroundMean<V> nearer(core_sum<V>(get, count, f), low < high ? high : low, count - 2 * f);
-    mean = nearest_mean<V>(get, count, count - f, nearer);
-    unsure = nearer.unsure + (size_of(nearer.twice) < infinity ? V{} : V{} + 1);
-  }
+  Vec<float, isa> unsure;
+  Vec<float, isa> mean = fast_window(get, set, rule, unsure);
   if (__builtin_expect(any<isa>(unsure), 0)) {
     for (int lane = 0; lane < kLanes<float, isa>; ++lane) {
       if (unsure[lane] == 0) continue;

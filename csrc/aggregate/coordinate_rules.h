@@ -108,6 +108,23 @@ struct AroundMean {
   }
 };
 
+// meamed or phocas in float32; unsure is set where that may not suffice.
+template <class V, class Get>
+DASHPOT_HD_INLINE V fast_window(const Get& get, const RuleSet& set, Rule rule, V& unsure) {
+  const V largest = V{} + 3.40282347e38f;
+  const int count = set.count, f = set.f;
+  if (rule == Rule::kMeamed) {
+    AroundMedian<V> nearer(get((count - 1) / 2), get(count / 2));
+    unsure = size_of(nearer.sum) <= largest ? V{} : V{} + 1;
+    return nearest_mean<V>(get, count, count - f, nearer);
+  }
+  const V low = size_of(get(f)), high = size_of(get(count - f - 1));
+  AroundMean<V> nearer(core_sum<V>(get, count, f), low < high ? high : low, count - 2 * f);
+  const V mean = nearest_mean<V>(get, count, count - f, nearer);
+  unsure = nearer.unsure + (size_of(nearer.twice) <= largest ? V{} : V{} + 1);
+  return mean;
+}
+
 // nearest_mean in float64; around the median, or the mean of the values f .. count - f - 1.
 template <class V, class Get>
 DASHPOT_HD_INLINE V exact_window(const Get& get, const RuleSet& set, Rule rule) {

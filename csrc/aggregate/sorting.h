@@ -91,9 +91,15 @@ DASHPOT_HD_INLINE void exchange(V& low, V& high) {
   low = smaller;
 }
 
+// Indices as template arguments: device code cannot read a host's constant.
+template <int i, int j, class V>
+DASHPOT_HD_INLINE void exchange_at(V* x) {
+  exchange(x[i], x[j]);
+}
+
 template <const Network& network, class V, size_t... k>
 DASHPOT_HD_INLINE void apply_network(V* x, std::index_sequence<k...>) {
-  (exchange(x[network.low[k]], x[network.high[k]]), ...);
+  (exchange_at<network.low[k], network.high[k]>(x), ...);
 }
 
 // x[0..n) in rising order.
@@ -116,13 +122,13 @@ DASHPOT_HD_INLINE void merge_blocks(V* low, V* high, int stride) {
     x[i] = smaller;
     high[(kBlock - 1 - i) * stride] = larger;
   }
-  constexpr auto kAll = std::make_index_sequence<kBitonic.count>{};
-  apply_network<kBitonic>(x, kAll);
+  using All = std::make_index_sequence<kBitonic.count>;
+  apply_network<kBitonic>(x, All{});
   DASHPOT_UNROLL
   for (int i = 0; i < kBlock; ++i) low[i * stride] = x[i];
   DASHPOT_UNROLL
   for (int i = 0; i < kBlock; ++i) x[i] = high[i * stride];
-  apply_network<kBitonic>(x, kAll);
+  apply_network<kBitonic>(x, All{});
   DASHPOT_UNROLL
   for (int i = 0; i < kBlock; ++i) high[i * stride] = x[i];
 }
