@@ -7,7 +7,9 @@
 // Blocks of coordinates small enough that p rows stay in the L2 cache (L1 for few rows) are taken
 // through register tiles of kTile x kTile pairs: 2 kTile loads serve kTile^2 multiply-adds. Sums
 // run in Acc within a block and in float64 from block to block. 16-bit rows, and any rows for
-// Acc = double, are converted once per block into a buffer.
+// Acc = double, are converted once per block into a buffer. While a block is worked on, the next
+// one is fetched: arithmetic and memory take about as long as each other, and would else take
+// turns.
 //
 // Work is divided into chunks by d alone, each chunk writes its own partial matrix, and the
 // partials are added in order: the same bits for any number of threads.
@@ -69,6 +71,9 @@ DASHPOT_INLINE void tile(const Acc* const* a, const Acc* const* b, int64_t n, do
   for (; k + kStep <= n; k += kStep) {
     Vec<Acc, isa> right[C];
     for (int c = 0; c < C; ++c) right[c] = load<Acc, isa>(b[c] + k);
+    if constexpr (diagonal) {  // every row is in one diagonal tile
+      for (int c = 0; c < C; ++c) __builtin_prefetch(b[c] + k + n, 0, 2);
+    }
     for (int r = 0; r < R; ++r) {
       const Vec<Acc, isa> left = diagonal ? right[r] : load<Acc, isa>(a[r] + k);
       for (int c = diagonal ? r : 0; c < C; ++c) {

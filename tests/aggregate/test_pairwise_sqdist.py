@@ -96,6 +96,42 @@ def test_mask_leaves_rows_out(backend, random_rows, forms, form):
     torch.testing.assert_close(sqdist, want, rtol=1e-6, atol=0)
 
 
+def test_norms_lie_on_the_diagonal(backend64, random_rows, forms):
+    """The squared norms, the distances from the origin; all else as without them."""
+    rows = random_rows(7, 34, device=backend64.device)
+    want = distances(rows) + torch.diag(rows.square().sum(1))
+    for grads in forms(rows).values():
+        sqdist = dashpot.pairwise_sqdist(grads, norms=True)
+        torch.testing.assert_close(sqdist, want, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e25])
+def test_norms_beyond_float32s_squares(backend, random_rows, scale):
+    """One row's squares leave it, so all is summed again in float64."""
+    rows = random_rows(4, 40, dtype=torch.float32, device=backend.device)
+    rows[2] *= scale
+    want = distances(rows) + torch.diag(rows.double().square().sum(1))
+    sqdist = dashpot.pairwise_sqdist(rows, norms=True)
+    torch.testing.assert_close(sqdist, want, rtol=3e-6, atol=0)
+
+
+def test_a_bad_row_shows_on_the_diagonal(backend, random_rows):
+    """With norms and without: that is how the rules know it."""
+    rows = random_rows(5, 33, dtype=torch.float32, device=backend.device)
+    rows[2, 7], rows[4, 0] = torch.nan, torch.inf
+    for norms in (True, False):
+        diagonal = dashpot.pairwise_sqdist(rows, norms=norms).diagonal()
+        assert diagonal.isfinite().tolist() == [True, True, False, True, False]
+
+
+def test_gradient_of_norms(backend64, random_rows):
+    rows = random_rows(4, 19, device=backend64.device).requires_grad_()
+    dd = torch.randn(4, 4, dtype=torch.float64, device=backend64.device)
+    (grad,) = torch.autograd.grad(dashpot.pairwise_sqdist(rows, norms=True), rows, dd)
+    truth = distances(rows) + torch.diag(rows.square().sum(1))
+    torch.testing.assert_close(grad, torch.autograd.grad(truth, rows, dd)[0])
+
+
 def test_gradient(backend64, random_rows):
     """Against autograd through the definition, with an asymmetric dD."""
     rows = random_rows(4, 19, device=backend64.device).requires_grad_()
