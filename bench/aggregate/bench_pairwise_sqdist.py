@@ -11,13 +11,13 @@ SIZES = {
 }
 
 
-def cdist(grads, mask, p):
+def cdist(grads, mask, p, norms):
     (rows,) = grads  # (p, d)
     # The default forms distances from inner products, which cancels for close workers.
     return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").square()  # (p, p)
 
 
-def broadcast(grads, mask, p):
+def broadcast(grads, mask, p, norms):
     (rows,) = grads  # (p, d)
     return (rows[:, None] - rows[None, :]).square().sum(-1)  # (p, p, d) -> (p, p)
 

@@ -28,9 +28,9 @@ PairsScratch pairs_scratch(const Rows& rows);
 void gram_wide_cuda(const Rows& rows, const bool* mask, const int* redo, int redo_count,
                     double* partials, double* out, int device, void* stream);
 
-// D (p, p) float64; in float64 where float32 does not suffice.
-void sqdist_cuda(const Rows& rows, const bool* mask, double* partials, int* note, double* out,
-                 int device, void* stream);
+// D (p, p) float64, |g_i|^2 on the diagonal for norms; in float64 where float32 does not suffice.
+void sqdist_cuda(const Rows& rows, const bool* mask, bool norms, double* partials, int* note,
+                 double* out, int device, void* stream);
 
 // out: S device pointers (n_s,); coeffs (p,) float64 on the device.
 void combine_cuda(const Rows& rows, const double* coeffs, const std::vector<void*>& out, int device,

@@ -228,7 +228,7 @@ void gram_tiles(const Rows& rows, const bool* mask, double* scratch, int* note, 
   });
   launch(&sum_kernel<kTile>, dim3(kTile * kTile / kSumEntries, tile_pairs_of(p, kTile)),
          dim3(kSumEntries * kSumLanes), 0, stream, scratch, chunks, p, mask, nullptr, 0, true,
-         1e-30 * static_cast<double>(rows.d), note, out);
+         false, 1e-30 * static_cast<double>(rows.d), note, out);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 //
 //   out[i][j] = sum_k f(x_ik, x_jk)      x (p, d) -> out (p, p) float64
 //   f = squared difference, in float32 or float64; f = product in float64 (float32: gram.cu)
+//   norms: squared differences, but |x_i|^2 in place of |x_i - x_i|^2 on the diagonal
 //
 // Tiles, chunks and the sum over chunks are in pairs.cuh. Each thread holds a pair of tiles of 8
 // rows, 64 sums in registers, and takes every kThreads-th coordinate: 16 coalesced loads serve 64
@@ -88,8 +89,8 @@ struct TileRows {
 
 // sum[r][c] += f(a[r], b[c]) over coordinates [begin, end) of this thread; diagonal: only r <= c.
 template <class F, class Acc, class In, bool diagonal>
-__device__ __forceinline__ void add_run(const TileRows<In>& a, const TileRows<In>& b, int64_t begin,
-                                        int64_t end, Acc (&sum)[kEntries]) {
+__device__ __forceinline__ void add_run(const TileRows<In>& a, const TileRows<In>& b, bool norms,
+                                        int64_t begin, int64_t end, Acc (&sum)[kEntries]) {
 #pragma unroll 1
   for (int64_t k = begin + threadIdx.x; k < end; k += kThreads) {
     Acc left[kTile], right[kTile];
@@ -99,7 +100,8 @@ __device__ __forceinline__ void add_run(const TileRows<In>& a, const TileRows<In
     for (int r = 0; r < kTile; ++r) {
 #pragma unroll
       for (int c = diagonal ? r : 0; c < kTile; ++c) {
-        F::add(sum[r * kTile + c], left[r], diagonal ? left[c] : right[c]);
+        const Acc other = !diagonal ? right[c] : r == c && norms ? Acc(0) : left[c];
+        F::add(sum[r * kTile + c], left[r], other);
       }
     }
   }
@@ -108,7 +110,7 @@ __device__ __forceinline__ void add_run(const TileRows<In>& a, const TileRows<In
 // Items (tile pair, chunk), tile pairs fastest, dealt out to the blocks of the grid.
 template <class F, class Acc, class In>
 __global__ void __launch_bounds__(kThreads, 2)
-    pairs_kernel(const __grid_constant__ Table table, const bool* mask, const int* redo,
+    pairs_kernel(const __grid_constant__ Table table, const bool* mask, bool norms, const int* redo,
                  int redo_count, int64_t items, int64_t first_chunk, double* partials) {
   __shared__ double totals[kWarps][kEntries];
   if (!asked(redo, redo_count)) return;
@@ -127,9 +129,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int64_t most = run + int64_t{kRun} * kThreads;
       const int64_t end = most < span.length ? most : span.length;
       if (tile_a == tile_b) {
-        add_run<F, Acc, In, true>(a, b, run, end, sum);
+        add_run<F, Acc, In, true>(a, b, norms, run, end, sum);
       } else {
-        add_run<F, Acc, In, false>(a, b, run, end, sum);
+        add_run<F, Acc, In, false>(a, b, norms, run, end, sum);
       }
       transpose_sum(sum);
       totals[warp][2 * lane] += sum[0];
@@ -149,20 +151,21 @@ int64_t chunk_of(const Rows& rows) { return chunk_length(rows, kChunks, 8 * kThr
 
 // redo: run only where an earlier pass noted something; note: say so.
 template <class F, class Acc, class In>
-void pass(const Rows& rows, const bool* mask, const int* redo, int redo_count, int* note,
-          double* partials, double* out, cudaStream_t stream) {
+void pass(const Rows& rows, const bool* mask, bool norms, const int* redo, int redo_count,
+          int* note, double* partials, double* out, cudaStream_t stream) {
   const int p = static_cast<int>(rows.p), tile_pairs = tile_pairs_of(p, kTile);
   int64_t first = 0;
   for_each_table(rows, chunk_of(rows), {}, [&](const Table& table, int64_t chunks) {
     const int64_t items = chunks * tile_pairs;
     const int64_t blocks = redo ? std::min<int64_t>(items, kRedoBlocks) : items;
     launch(&pairs_kernel<F, Acc, In>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
-           stream, table, mask, redo, redo_count, items, first, partials);
+           stream, table, mask, norms, redo, redo_count, items, first, partials);
     first += chunks;
   });
   launch(&sum_kernel<kTile>, dim3(kEntries / kSumEntries, tile_pairs),
          dim3(kSumEntries * kSumLanes), 0, stream, partials, first, p, mask, redo, redo_count,
-         std::is_same_v<F, ProductSum>, 1e-30 * static_cast<double>(rows.d), note, out);
+         norms || std::is_same_v<F, ProductSum>, !std::is_same_v<F, ProductSum>,
+         1e-30 * static_cast<double>(rows.d), note, out);
 }
 
 }  // namespace
@@ -177,13 +180,13 @@ void gram_wide_cuda(const Rows& rows, const bool* mask, const int* redo, int red
                     double* scratch, double* out, int device, void* stream) {
   const DeviceGuard guard(device);
   dispatch_device(rows.dtype, [&](auto element) {
-    pass<ProductSum, double, decltype(element)>(rows, mask, redo, redo_count, nullptr, scratch, out,
-                                                static_cast<cudaStream_t>(stream));
+    pass<ProductSum, double, decltype(element)>(rows, mask, false, redo, redo_count, nullptr,
+                                                scratch, out, static_cast<cudaStream_t>(stream));
   });
 }
 
-void sqdist_cuda(const Rows& rows, const bool* mask, double* scratch, int* note, double* out,
-                 int device, void* stream) {
+void sqdist_cuda(const Rows& rows, const bool* mask, bool norms, double* scratch, int* note,
+                 double* out, int device, void* stream) {
   const DeviceGuard guard(device);
   const auto on = static_cast<cudaStream_t>(stream);
   const int count = notes_of(static_cast<int>(rows.p), kTile);
@@ -191,10 +194,10 @@ void sqdist_cuda(const Rows& rows, const bool* mask, double* scratch, int* note,
     using In = decltype(element);
     using F = SquaredDifferenceSum;
     if constexpr (std::is_same_v<In, double>) {
-      pass<F, double, In>(rows, mask, nullptr, 0, nullptr, scratch, out, on);
+      pass<F, double, In>(rows, mask, norms, nullptr, 0, nullptr, scratch, out, on);
     } else {
-      pass<F, float, In>(rows, mask, nullptr, 0, note, scratch, out, on);
-      pass<F, double, In>(rows, mask, note, count, nullptr, scratch, out, on);
+      pass<F, float, In>(rows, mask, norms, nullptr, 0, note, scratch, out, on);
+      pass<F, double, In>(rows, mask, norms, note, count, nullptr, scratch, out, on);
     }
   });
 }

@@ -41,12 +41,13 @@ __device__ inline bool asked(const int* redo, int count) {
 }
 
 // Grid: (entries / kSumEntries, tile pairs). partials -> out (p, p), both halves; note[block]: a
-// square is not finite or below `smallest`. Squares are on the diagonal of a Gram matrix, off the
-// diagonal of a distance matrix.
+// sum of squares is not finite or below `smallest`. Those are the diagonal of a Gram matrix, the
+// rest of a distance matrix, or both where that has norms on its diagonal.
 template <int kTile>
 __global__ void __launch_bounds__(kSumEntries* kSumLanes)
     sum_kernel(const double* partials, int64_t chunks, int p, const bool* mask, const int* redo,
-               int redo_count, bool squares_on_diagonal, double smallest, int* note, double* out) {
+               int redo_count, bool check_diagonal, bool check_rest, double smallest, int* note,
+               double* out) {
   constexpr int kEntries = kTile * kTile;
   __shared__ double totals[kSumLanes][kSumEntries];
   if (!asked(redo, redo_count)) return;
@@ -71,7 +72,8 @@ __global__ void __launch_bounds__(kSumEntries* kSumLanes)
     if (i <= j && j < p) {
       const bool read = !mask || (mask[i] && mask[j]);
       out[i * p + j] = out[j * p + i] = read ? total : 0;
-      odd = read && squares_on_diagonal == (i == j) && !(total >= smallest && total <= kLargest);
+      odd = read && (i == j ? check_diagonal : check_rest) &&
+            !(total >= smallest && total <= kLargest);
     }
   }
   const int any = __syncthreads_or(odd);

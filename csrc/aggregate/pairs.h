@@ -1,7 +1,8 @@
 // Sums over coordinates of a function of two rows, for every pair of rows (CPU).
 //
 //   out[i][j] = sum_k f(x_ik, x_jk)      x (p, d) -> out (p, p) float64
-//   f = product: Gram matrix; f = squared difference: pairwise distances.
+//   f = product: Gram matrix; f = squared difference: pairwise distances, which may carry the rows'
+//   squared norms (distances from the origin) on their diagonal.
 //
 // Blocks of coordinates small enough that p rows stay in the L2 cache (L1 for few rows) are taken
 // through register tiles of kTile x kTile pairs: 2 kTile loads serve kTile^2 multiply-adds. Sums
@@ -29,20 +30,25 @@ struct Product {
   static DASHPOT_INLINE V add(V sum, V a, V b) {
     return sum + a * b;
   }
-  static constexpr bool kDiagonal = true;  // the squares are on the diagonal
+  static constexpr bool kNorms = false;
+  // Which entries are sums of squares, whose range tells whether float32 sufficed.
+  static constexpr bool kDiagonal = true, kOffDiagonal = false;
   template <class T>
   static bool is_zero(T a, T) {
     return convert<double>(a) == 0;
   }
 };
 
+// norms: the diagonal holds |x_i|^2, the distance from the origin, in place of |x_i - x_i|^2.
+template <bool norms>
 struct SquaredDifference {
   template <class V>
   static DASHPOT_INLINE V add(V sum, V a, V b) {
     const V difference = a - b;
     return sum + difference * difference;
   }
-  static constexpr bool kDiagonal = false;
+  static constexpr bool kNorms = norms;
+  static constexpr bool kDiagonal = norms, kOffDiagonal = true;
   template <class T>
   static bool is_zero(T a, T b) {
     return convert<double>(a) == convert<double>(b);
@@ -65,13 +71,17 @@ DASHPOT_INLINE void tile(const Acc* const* a, const Acc* const* b, int64_t n, do
     for (int c = 0; c < C; ++c) right[c] = load<Acc, isa>(b[c] + k);
     for (int r = 0; r < R; ++r) {
       const Vec<Acc, isa> left = diagonal ? right[r] : load<Acc, isa>(a[r] + k);
-      for (int c = diagonal ? r : 0; c < C; ++c) sum[r][c] = F::add(sum[r][c], left, right[c]);
+      for (int c = diagonal ? r : 0; c < C; ++c) {
+        const bool origin = F::kNorms && diagonal && r == c;
+        sum[r][c] = F::add(sum[r][c], left, origin ? Vec<Acc, isa>{} : right[c]);
+      }
     }
   }
   for (int r = 0; r < R; ++r) {
     for (int c = diagonal ? r : 0; c < C; ++c) {
       double total = sum_lanes<Acc, isa>(sum[r][c]);
-      for (int64_t t = k; t < n; ++t) total += F::add(Acc(0), a[r][t], b[c][t]);
+      const bool origin = F::kNorms && diagonal && r == c;
+      for (int64_t t = k; t < n; ++t) total += F::add(Acc(0), a[r][t], origin ? Acc(0) : b[c][t]);
       out[r * stride + c] += total;
     }
   }
@@ -152,11 +162,12 @@ void pairs(const Rows& rows, const std::vector<int64_t>& live, int threads, doub
 // Whether every term of the pair (i, j) is exactly 0; reads until the first that is not.
 template <class F, class In>
 bool all_zero(const Rows& rows, int64_t i, int64_t j) {
+  const bool origin = F::kNorms && i == j;
   for (const Chunk& whole : rows.chunks(std::max<int64_t>(rows.d, 1))) {
     const In* a = rows.row<In>(whole, i);
     const In* b = rows.row<In>(whole, j);
     for (int64_t k = 0; k < whole.length; ++k) {
-      if (!F::is_zero(a[k], b[k])) return false;
+      if (!F::is_zero(a[k], origin ? In{} : b[k])) return false;
     }
   }
   return true;
@@ -169,7 +180,7 @@ bool out_of_range(const Rows& rows, const std::vector<int64_t>& live, const doub
   const int64_t p = static_cast<int64_t>(live.size());
   const double smallest = 1e-30 * static_cast<double>(rows.d);
   for (int64_t i = 0; i < p; ++i) {
-    for (int64_t j = F::kDiagonal ? i : i + 1; j < (F::kDiagonal ? i + 1 : p); ++j) {
+    for (int64_t j = F::kDiagonal ? i : i + 1; j < (F::kOffDiagonal ? p : i + 1); ++j) {
       const double sum = out[i * p + j];
       if (!std::isfinite(sum)) return true;
       if (sum < smallest && !all_zero<F, In>(rows, live[i], live[j])) return true;

@@ -1,24 +1,44 @@
 """Robust aggregation: p workers' gradients into one update (family `aggregate`).
 
 Every rule that commutes with rotations needs the rows only twice: once for the p x p Gram matrix
-K = G G^T, once for the combination c^T G. In between lies a tiny problem on K. So the family is
-three ops and what is made of them:
+K = G G^T or the squared distances D, once for the combination c^T G. In between lies a tiny problem
+on them. So the family is a few ops and what is made of them:
 
     gram, pairwise_sqdist   rows (p, d) -> (p, p)      one streaming read
-    flag_coeffs             (p, p) -> c (p,)           no pass over d
+    <rule>_coeffs           (p, p) -> c (p,)           no pass over d
     combine                 rows (p, d), c -> (d,)     one streaming read, one write
-    flag_aggregate          combine(grads, flag_coeffs(gram(grads)))
+    <rule>                  combine(grads, <rule>_coeffs(pairwise_sqdist(grads)))
+    robust_aggregate        any rule, after pre-stages: NNM, Bucketing, Clipping
 
 `grads` is a tensor (p, ...), a list of p tensors, or p lists of parameters' gradients; lists are
 read where they lie. Shapes: p workers, d coordinates, S parameters ("segments") per worker.
 """
 
+from dashpot.aggregate.bucketing import Bucketing, bucketing
+from dashpot.aggregate.clipping import AdaptiveClipping, Clipping
 from dashpot.aggregate.combine import COMBINE, combine
 from dashpot.aggregate.flag_aggregate import FLAG_AGGREGATE, flag_aggregate
 from dashpot.aggregate.flag_coeffs import FLAG_COEFFS, FlagInfo, flag_coeffs
 from dashpot.aggregate.gram import GRAM, gram
+from dashpot.aggregate.krum import KRUM, krum
+from dashpot.aggregate.krum_coeffs import KRUM_COEFFS, krum_coeffs
+from dashpot.aggregate.multi_krum import MULTI_KRUM, multi_krum
+from dashpot.aggregate.nnm import NNM, NNM_CHAIN, nnm
+from dashpot.aggregate.nnm_coeffs import NNM_COEFFS, nnm_coeffs
 from dashpot.aggregate.pairwise_sqdist import PAIRWISE_SQDIST, pairwise_sqdist
+from dashpot.aggregate.robust_aggregate import (
+    ROBUST_AGGREGATE,
+    RobustAggregator,
+    robust_aggregate,
+)
 
-__all__ = ["FlagInfo", "combine", "flag_aggregate", "flag_coeffs", "gram", "pairwise_sqdist"]
+__all__ = [
+    "NNM", "AdaptiveClipping", "Bucketing", "Clipping", "FlagInfo", "RobustAggregator",
+    "bucketing", "combine", "flag_aggregate", "flag_coeffs", "gram", "krum", "krum_coeffs",
+    "multi_krum", "nnm", "nnm_coeffs", "pairwise_sqdist", "robust_aggregate",
+]  # fmt: skip
 
-OPS = (GRAM, PAIRWISE_SQDIST, COMBINE, FLAG_COEFFS, FLAG_AGGREGATE)
+OPS = (
+    GRAM, PAIRWISE_SQDIST, COMBINE, FLAG_COEFFS, KRUM_COEFFS, NNM_COEFFS,
+    FLAG_AGGREGATE, KRUM, MULTI_KRUM, NNM_CHAIN, ROBUST_AGGREGATE,
+)  # fmt: skip

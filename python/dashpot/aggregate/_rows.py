@@ -174,6 +174,34 @@ def check_choice(name: str, value, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
+def check_int(name: str, value, least: int, most: int | None = None) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < least or (most is not None and value > most):
+        bound = f"at least {least}" if most is None else f"{least} <= {name} <= {most}"
+        raise ValueError(f"{name}: expected {bound}, got {value}")
+
+
+def check_float(name: str, value, *, positive: bool = False) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not 0 <= value < float("inf") or (positive and value == 0):
+        bound = "a finite number > 0" if positive else "a finite number >= 0"
+        raise ValueError(f"{name}: expected {bound}, got {value}")
+
+
+def check_sqdist(sqdist) -> Tensor:
+    """Squared distances as kernels take them."""
+    check_tensor(sqdist, "sqdist")
+    if sqdist.dim() != 2 or sqdist.shape[0] != sqdist.shape[1] or sqdist.shape[0] == 0:
+        raise ValueError(
+            f"sqdist: expected a square matrix (p, p), p >= 1, got {tuple(sqdist.shape)}"
+        )
+    if sqdist.dtype not in (torch.float64, torch.float32):
+        raise TypeError(f"sqdist: expected float64 or float32, got {sqdist.dtype}")
+    return sqdist.double().contiguous()
+
+
 def random_rows(size, dtype, device, seed) -> tuple[list[Tensor], int]:
     """Correlated rows of unequal length: what honest workers and one loud one send.
 
@@ -189,6 +217,23 @@ def random_rows(size, dtype, device, seed) -> tuple[list[Tensor], int]:
             rows[-1] *= -3.0
         groups.append(rows.to(device=device, dtype=dtype))
     return (groups if not listed else [row.clone() for g in groups for row in g.unbind(0)]), p
+
+
+def random_grads(size, dtype, device, seed) -> Tensor | list[list[Tensor]]:
+    """The same as a public function takes them: a tensor, or p lists."""
+    grads, p = random_rows(size, dtype, device, seed)
+    return [grads[i::p] for i in range(p)] if size[0] == "lists" else grads[0]
+
+
+def random_sqdist(size, device, seed) -> Tensor:
+    """(p, p) float64 squared distances of random rows (p, d)."""
+    grads, _ = random_rows(size, torch.float64, device, seed)
+    return (grads[0][:, None] - grads[0][None]).square().sum(-1)
+
+
+def tensors_of(grads) -> list[Tensor]:
+    """The tensors of a tensor or of lists of them."""
+    return [grads] if isinstance(grads, Tensor) else [t for row in grads for t in row]
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:

@@ -2,26 +2,59 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot._dispatch import chain
+from dashpot.aggregate._mixing import Geometry
 from dashpot.aggregate._rows import (
     ROW_SIZES,
     Grads,
     as_rows,
     bytes_of,
-    check_choice,
     coordinates,
-    random_rows,
-    total,
+    random_grads,
+    tensors_of,
 )
-from dashpot.aggregate.combine import COMBINE, _combine
+from dashpot.aggregate._rules import Rule, rule
+from dashpot.aggregate.combine import COMBINE
 from dashpot.aggregate.flag_coeffs import FLAG_COEFFS, FlagInfo, _check_flag
 from dashpot.aggregate.gram import GRAM
+
+
+@rule("flag")
+class _Flag(Rule):
+    m: int | None = None
+    n_iter: int = 1
+    lam: float = 0.0
+    eps: float = 1e-7
+    power: float = 0.5
+    pair: str = "official"
+    output: str = "official"
+    tol: float = 1e-10
+
+    needs: ClassVar[str] = "gram"
+
+    def check(self) -> None:
+        self.check_workers(None)
+
+    def check_workers(self, p: int | None) -> None:
+        _check_flag(
+            p, self.m, self.n_iter, self.lam, self.eps, self.power, self.pair, self.output, self.tol
+        )
+
+    def fit(self, k: Tensor) -> tuple[Tensor, FlagInfo]:
+        c, *info = FLAG_COEFFS(
+            k, self.m, self.n_iter, float(self.lam), float(self.eps), float(self.power), self.pair,
+            self.output, float(self.tol),
+        )  # fmt: skip
+        return c, FlagInfo(*info)
+
+    def coeffs(self, geometry: Geometry, p: int) -> Tensor:
+        return self.fit(geometry.gram)[0]
 
 
 @public
@@ -67,34 +100,27 @@ def flag_aggregate(
     using Convex Optimization, arXiv 2302.05865; defaults of its published code.
     """
     rows = as_rows(grads)
-    _check_flag(rows.p, m, n_iter, lam, eps, power, pair, output, tol)
-    check_choice("nonfinite", nonfinite, ("drop", "raise"))
+    flag = _Flag(
+        m=m, n_iter=n_iter, lam=lam, eps=eps, power=power, pair=pair, output=output, tol=tol,
+        nonfinite=nonfinite,
+    )  # fmt: skip
+    flag.check_workers(rows.p)
+    k = flag.measure(rows)
+    flag.check_rows(k, rows.p)
     with torch.no_grad():
-        k = total([GRAM(group, None, rows.p, "fp32") for group in rows.groups])
-        if nonfinite == "raise":
-            _check_finite(k)
-        c, *info = FLAG_COEFFS(
-            k, m, n_iter, float(lam), float(eps), float(power), pair, output, float(tol)
-        )
-    update = _combine(grads, rows, c, None)
-    return (update, FlagInfo(*info)) if return_info else update
-
-
-def _check_finite(k: Tensor) -> None:
-    bad = (~torch.isfinite(k.diagonal())).nonzero().flatten().tolist()
-    if bad:
-        raise ValueError(f"grads: expected finite rows, got NaN or inf from workers {bad}")
+        c, info = flag.fit(k)
+    update = flag.apply(grads, rows, c)
+    return (update, info) if return_info else update
 
 
 def _flag_aggregate_inputs(size, dtype, device, seed):
-    grads, p = random_rows(size, dtype, device, seed)
-    return ([grads[i::p] for i in range(p)] if size[0] == "lists" else grads[0],)
+    return (random_grads(size, dtype, device, seed),)
 
 
 def _flag_aggregate_floor(grads):
     """Two reads of the rows and one write of an update."""
-    tensors = [grads] if isinstance(grads, Tensor) else [t for row in grads for t in row]
-    p, read = len(grads), bytes_of(tensors)
+    tensors, p = tensors_of(grads), len(grads)
+    read = bytes_of(tensors)
     return 2 * read + read // p, (p * (p + 1) + 2 * p) * coordinates(tensors, p)
 
 

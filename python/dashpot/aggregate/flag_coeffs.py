@@ -217,11 +217,13 @@ def flag_coeffs(
 
 
 def _check_flag(p, m, n_iter, lam, eps, power, pair, output, tol) -> None:
+    """p: None if it is not known yet."""
     if m is not None:
         if not isinstance(m, int) or isinstance(m, bool):
             raise TypeError(f"m: expected an int or None, got {type(m).__name__}")
-        if not 1 <= m <= p:
-            raise ValueError(f"m: expected 1 <= m <= p = {p}, got {m}")
+        if m < 1 or (p is not None and m > p):
+            bound = "1 <= m" if p is None else f"1 <= m <= p = {p}"
+            raise ValueError(f"m: expected {bound}, got {m}")
     if not isinstance(n_iter, int) or isinstance(n_iter, bool):
         raise TypeError(f"n_iter: expected an int, got {type(n_iter).__name__}")
     if n_iter < 1:
