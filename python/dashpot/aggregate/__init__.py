@@ -15,13 +15,27 @@ read where they lie. Shapes: p workers, d coordinates, S parameters ("segments")
 """
 
 from dashpot.aggregate.bucketing import Bucketing, bucketing
+from dashpot.aggregate.centered_clipping import CENTERED_CLIPPING, centered_clipping
+from dashpot.aggregate.centered_clipping_coeffs import (
+    CENTERED_CLIPPING_COEFFS,
+    centered_clipping_coeffs,
+)
 from dashpot.aggregate.clipping import AdaptiveClipping, Clipping
 from dashpot.aggregate.combine import COMBINE, combine
 from dashpot.aggregate.flag_aggregate import FLAG_AGGREGATE, flag_aggregate
 from dashpot.aggregate.flag_coeffs import FLAG_COEFFS, FlagInfo, flag_coeffs
+from dashpot.aggregate.geometric_median import GEOMETRIC_MEDIAN, geometric_median
+from dashpot.aggregate.geometric_median_coeffs import (
+    GEOMETRIC_MEDIAN_COEFFS,
+    geometric_median_coeffs,
+)
 from dashpot.aggregate.gram import GRAM, gram
 from dashpot.aggregate.krum import KRUM, krum
 from dashpot.aggregate.krum_coeffs import KRUM_COEFFS, krum_coeffs
+from dashpot.aggregate.mda import MDA_CHAIN, mda
+from dashpot.aggregate.mda_coeffs import MDA_COEFFS, mda_coeffs
+from dashpot.aggregate.mean import MEAN, mean
+from dashpot.aggregate.monna import MONNA, monna
 from dashpot.aggregate.multi_krum import MULTI_KRUM, multi_krum
 from dashpot.aggregate.nnm import NNM, NNM_CHAIN, nnm
 from dashpot.aggregate.nnm_coeffs import NNM_COEFFS, nnm_coeffs
@@ -34,11 +48,14 @@ from dashpot.aggregate.robust_aggregate import (
 
 __all__ = [
     "NNM", "AdaptiveClipping", "Bucketing", "Clipping", "FlagInfo", "RobustAggregator",
-    "bucketing", "combine", "flag_aggregate", "flag_coeffs", "gram", "krum", "krum_coeffs",
-    "multi_krum", "nnm", "nnm_coeffs", "pairwise_sqdist", "robust_aggregate",
+    "bucketing", "centered_clipping", "centered_clipping_coeffs", "combine", "flag_aggregate",
+    "flag_coeffs", "geometric_median", "geometric_median_coeffs", "gram", "krum", "krum_coeffs",
+    "mda", "mda_coeffs", "mean", "monna", "multi_krum", "nnm", "nnm_coeffs", "pairwise_sqdist",
+    "robust_aggregate",
 ]  # fmt: skip
 
 OPS = (
-    GRAM, PAIRWISE_SQDIST, COMBINE, FLAG_COEFFS, KRUM_COEFFS, NNM_COEFFS,
-    FLAG_AGGREGATE, KRUM, MULTI_KRUM, NNM_CHAIN, ROBUST_AGGREGATE,
+    GRAM, PAIRWISE_SQDIST, COMBINE, FLAG_COEFFS, KRUM_COEFFS, MDA_COEFFS, NNM_COEFFS,
+    GEOMETRIC_MEDIAN_COEFFS, CENTERED_CLIPPING_COEFFS, FLAG_AGGREGATE, KRUM, MULTI_KRUM, MDA_CHAIN,
+    MONNA, GEOMETRIC_MEDIAN, CENTERED_CLIPPING, MEAN, NNM_CHAIN, ROBUST_AGGREGATE,
 )  # fmt: skip

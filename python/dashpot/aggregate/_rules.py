@@ -10,8 +10,8 @@ that slice of the rows alone: a distributed caller sums `stat` over its slices b
 solve and applies the solution to its own.
 
 Pre-stages replace the p rows by p' combinations M G of them. No row is mixed: the statistic is
-(K' = M K M^T, D' from D), and the coefficients are (c = M^T c'); see `_mixing`. Only rules that work
-coordinate by coordinate, and have no coefficients, form the mixed rows.
+(K' = M K M^T, D' from D), and the coefficients are (c = M^T c'); see `_mixing`. Only rules that
+work coordinate by coordinate, and have no coefficients, form the mixed rows.
 """
 
 from __future__ import annotations

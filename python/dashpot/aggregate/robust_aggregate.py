@@ -60,14 +60,15 @@ class RobustAggregator:
         **opts,
     ):
         self.rule = make_rule(rule, pre=pre, nonfinite=nonfinite, **opts)
-        self._arguments = {"pre": list(pre), "nonfinite": nonfinite, **opts}
+        self._given = {"pre": list(pre)} if pre else {}
+        self._given |= {"nonfinite": nonfinite} if nonfinite != "drop" else {}
+        self._given |= opts
 
     def __call__(self, grads: Grads) -> Tensor | list[Tensor]:
         return _aggregate(grads, self.rule)
 
     def __repr__(self) -> str:
-        defaults = {"pre": [], "nonfinite": "drop"}
-        given = [f"{k}={v!r}" for k, v in self._arguments.items() if v != defaults.get(k, self)]
+        given = [f"{name}={value!r}" for name, value in self._given.items()]
         return f"RobustAggregator({', '.join([repr(self.rule.name), *given])})"
 
 
