@@ -23,7 +23,7 @@ import dashpot
 import pytest
 import torch
 import torch.distributed as dist
-from dashpot import attacks
+from dashpot import NNM, Bucketing, attacks
 from dashpot.distributed import (
     RobustReduceScatter,
     RobustState,
@@ -43,8 +43,10 @@ DEAD_AFTER = 8  # seconds: what a collective waits for a rank in the group "dead
 RULES = {
     "mean": ("mean", {}, 1),
     "flag": ("flag", {"output": "rescaled"}, 1),
-    "flag-lam": ("flag", {"lam": 8.0, "n_iter": 3}, 3),
+    "flag-lam": ("flag", {"lam": 8.0}, 3),
     "geometric_median": ("geometric_median", {}, 1),
+    "centered_clipping": ("centered_clipping", {"tau": 1.0, "n_iter": 3}, 1),
+    "nnm": ("geometric_median", {"pre": [NNM(1)]}, 3),
     "krum": ("krum", {"f": 1}, 5),
     "multi_krum": ("multi_krum", {"f": 1}, 5),
     "mda": ("mda", {"f": 1}, 3),
@@ -98,7 +100,7 @@ ATTACKS: dict[str, Callable[[Tensor], Tensor]] = {
     "NaN": lambda honest: attacks.constant(honest, 1, value=float("nan")),
     "inf": lambda honest: attacks.constant(honest, 1, value=float("inf")),
     "sign flip": lambda honest: attacks.sign_flip(honest, 1),
-    "scaled": lambda honest: attacks.reverse(honest, 1, scale=1e4),
+    "scaled": lambda honest: attacks.reverse(honest, 1, scale=100.0),
     "ALIE": lambda honest: attacks.alie(honest, 1, deviations=-1.5),
 }
 FINITE = [name for name in ATTACKS if name not in ("NaN", "inf")]
@@ -167,6 +169,38 @@ def lists_of_mixed_dtypes(rank, p):
             assert got.dtype == column.dtype
             close(got, expected, 1e-5)  # products of float32 rows are summed in float32
     assert all(torch.equal(a, b) for a, b in zip(rows[rank], before, strict=True))
+
+
+@check("all_reduce")
+def a_centre(rank, p):
+    """Cut as the rows are."""
+    rows, centers = honest_rows(p, 101), honest_rows(1, 101, 5)
+    options = {"tau": 2.0, "n_iter": 2, "center": centers[0]}
+    update = robust_all_reduce(rows[rank], "centered_clipping", **options)
+    close(update, dashpot.robust_aggregate(rows, "centered_clipping", **options))
+    listed = [list(row.split([40, 61])) for row in rows]
+    options["center"] = list(centers[0].split([40, 61]))
+    parts = robust_all_reduce(listed[rank], "centered_clipping", **options)
+    close(torch.cat(parts), update)
+    with pytest.raises(ValueError, match="center: expected the shapes"):
+        robust_all_reduce(rows[rank, :50], "centered_clipping", tau=2.0, center=centers[0])
+    with pytest.raises(ValueError, match="center: expected None"):
+        RobustState("centered_clipping", tau=2.0, center=centers[0])
+
+
+@check("all_reduce")
+def the_same_buckets_on_every_rank(rank, p):
+    """A random stage needs a generator; seeded alike, it draws alike."""
+    rows = attacked(p, 100, "scaled")
+    mine, theirs = (Bucketing(2, torch.Generator().manual_seed(3)) for _ in range(2))
+    aggregate = dashpot.RobustAggregator("geometric_median", [mine])
+    for _ in range(2):
+        update = robust_all_reduce(rows[rank], aggregate)
+        close(update, dashpot.robust_aggregate(rows, "geometric_median", pre=[theirs]))
+    with pytest.raises(ValueError, match=r"pre\[0\]: expected a generator, seeded alike"):
+        robust_all_reduce(rows[rank], "geometric_median", pre=[Bucketing(2)])
+    with pytest.raises(TypeError, match="rule: expected a name with options"):
+        robust_all_reduce(rows[rank], aggregate, f=1)
 
 
 @check("all_reduce")

@@ -22,6 +22,7 @@ Shapes: p workers = ranks of the group, d numbers per worker, w of them in this 
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import zlib
 from collections.abc import Sequence
@@ -46,7 +47,7 @@ __all__ = [
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def _made(rule: str | Rule | RobustAggregator, options: dict) -> Rule:
+def _made(rule: str | Rule | RobustAggregator, options: dict, centered: bool = False) -> Rule:
     """The rule, of which every rank must come to the same solution."""
     if isinstance(rule, str):
         made = make_rule(rule, **options)
@@ -62,18 +63,25 @@ def _made(rule: str | Rule | RobustAggregator, options: dict) -> Rule:
             raise ValueError(
                 f"pre[{i}]: expected a generator, seeded alike on every rank, got {stage}"
             )
+    if not centered and getattr(made, "center", None) is not None:
+        raise ValueError("center: expected None where the engine cuts the gradient, got a centre")
     return made
 
 
 class _Slices:
-    """One contiguous flat tensor (d,) of every worker; this rank's slice of each is `rows`."""
+    """One contiguous flat tensor (d,) of every worker; this rank's slice of each is `rows`.
 
-    def __init__(self, flat: Tensor, group: dist.ProcessGroup | None):
+    `rule` is the rule for that slice: a centre (d,) is cut as the rows are."""
+
+    def __init__(self, flat: Tensor, rule: Rule, center: Tensor | None, group):
         p, rank = dist.get_world_size(group), dist.get_rank(group)
         self.flat, self.group, self.p = flat, group, p
         self.width = -(-flat.numel() // p)  # of every slice but the last ones
         widths = [min(self.width, max(0, flat.numel() - k * self.width)) for k in range(p)]
         self.rows = flat.new_empty((p, widths[rank]))  # (p, w)
+        self.rule = rule
+        if center is not None:
+            self.rule = dataclasses.replace(rule, center=center.split(widths)[rank])
         self.work = dist.all_to_all_single(
             self.rows.view(-1), flat, [widths[rank]] * p, widths, group=group, async_op=True
         )
@@ -108,14 +116,14 @@ class _Round:
         self.measured = 0
         self.statistic: Tensor | None = None  # (p, p) float64
 
-    def send(self, flat: Tensor) -> None:
-        self.sent.append(_Slices(flat, self.group))
+    def send(self, flat: Tensor, center: Tensor | None = None) -> None:
+        self.sent.append(_Slices(flat, self.rule, center, self.group))
 
     def measure(self, count: int) -> None:
         """Wait for the first `count` tensors and add their statistics."""
         for slices in self.sent[self.measured : count]:
             slices.arrive()
-            part = self.rule.measure(as_rows(slices.rows))
+            part = slices.rule.measure(as_rows(slices.rows))
             if part is not None:
                 self.statistic = part if self.statistic is None else self.statistic + part
         self.measured = count
@@ -126,7 +134,7 @@ class _Round:
         if self.statistic is not None:
             dist.all_reduce(self.statistic, group=self.group)
         solution = self.rule.solve(self.statistic, dist.get_world_size(self.group))
-        return [self.rule.apply(s.rows, as_rows(s.rows), solution) for s in self.sent]
+        return [s.rule.apply(s.rows, as_rows(s.rows), solution) for s in self.sent]
 
     def gather(self, outs: Sequence[Tensor]) -> None:
         for slices, update, out in zip(self.sent, self.updates(), outs, strict=True):
@@ -141,21 +149,38 @@ class _Round:
 # In a loop of your own
 
 
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    parts = [tensor.reshape(-1) for tensor in tensors]
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+
+
+def _center(rule: Rule, tensors: Sequence[Tensor], is_list: bool) -> list[Tensor] | None:
+    """The rule's centre, one tensor for each of `tensors`, where it has one."""
+    center = getattr(rule, "center", None)
+    if center is None:
+        return None
+    parts = center if is_list else [center]
+    want, got = ([(tuple(t.shape), t.dtype) for t in some] for some in (tensors, parts))
+    if got != want:
+        raise ValueError(f"center: expected the shapes and dtypes of flat, {want}, got {got}")
+    return list(parts)
+
+
 class RobustWork:
     """An aggregation under way, from ``robust_all_reduce(..., async_op=True)``."""
 
     def __init__(self, tensors: Sequence[Tensor], rule: Rule, group, is_list: bool):
         self._tensors, self._is_list, self._result = tensors, is_list, None
         self._round = _Round(rule, group)
+        center = _center(rule, tensors, is_list)
         self._groups: dict[torch.dtype, list[int]] = {}
         for i, tensor in enumerate(tensors):
             self._groups.setdefault(tensor.dtype, []).append(i)
         self._flats = []
         for members in self._groups.values():
-            parts = [tensors[i].reshape(-1) for i in members]
-            flat = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+            flat = _flat([tensors[i] for i in members])
             self._flats.append(flat)
-            self._round.send(flat)
+            self._round.send(flat, _flat([center[i] for i in members]) if center else None)
 
     def wait(self) -> Tensor | list[Tensor]:
         """Finish, on every rank in the order of the calls that began; the update."""
@@ -216,7 +241,7 @@ def robust_all_reduce(
     tensors = list(flat) if is_list else [flat]
     for i, tensor in enumerate(tensors):
         check_tensor(tensor, f"flat[{i}]" if is_list else "flat")
-    made = _made(rule, options)
+    made = _made(rule, options, centered=True)
     if check:
         _check_alike(tensors, made, group)
     work = RobustWork(tensors, made, group, is_list)
