@@ -75,6 +75,13 @@ def test_weights_count_examples_where_the_rule_has_weights():
         strategy("krum", rule_options={"f": 0}, weighted=True)
 
 
+def test_a_rule_made_before():
+    made = strategy(dashpot.RobustAggregator("mean"), weighted=True)
+    assert made.aggregate_train(1, [reply(state(2.0))])[0]["weight"].numpy()[0, 0] == 3
+    with pytest.raises(TypeError, match="rule: expected a name, or a RobustAggregator without"):
+        strategy(dashpot.RobustAggregator("mean"), rule_options={"f": 1})
+
+
 def test_nan_goes_to_the_rule():
     replies = [reply(state(move)) for move in (0.0, 1.0, 2.0, math.nan)]
     new, _ = strategy("mean").aggregate_train(1, replies)

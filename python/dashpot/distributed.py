@@ -20,7 +20,7 @@ in which it was begun, on every rank, as all collectives of a group must be.
 Shapes: p workers = ranks of the group, d numbers per worker, w of them in this rank's slice.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: DDP compares a hook's annotations with the types.
 
 import dataclasses
 import re

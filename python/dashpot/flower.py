@@ -17,7 +17,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from dashpot.aggregate._rules import Rule, make_rule
+from dashpot.aggregate import RobustAggregator
+from dashpot.aggregate._rules import Rule
 
 try:
     from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -48,7 +49,7 @@ class RobustStrategy(FedAvg):
     rule). If its update is not finite, the round is given up with a warning and the model stays.
 
     Args:
-        rule: the rule's name as in `robust_aggregate`, or a rule.
+        rule: the rule's name as in `robust_aggregate`, or a `RobustAggregator`.
         rule_options: of the rule, as in ``{"f": 1}``. f is the number of Byzantine clients among
             those sampled in a round.
         weighted: weight clients by the metric `weighted_by_key`, as FedAvg does. Only for rules
@@ -63,14 +64,21 @@ class RobustStrategy(FedAvg):
 
     def __init__(
         self,
-        rule: str | Rule = "geometric_median",
+        rule: str | RobustAggregator,
         *,
         rule_options: Mapping | None = None,
         weighted: bool = False,
         **fedavg,
     ) -> None:
         super().__init__(**fedavg)
-        self.rule = make_rule(rule, **(rule_options or {})) if isinstance(rule, str) else rule
+        if isinstance(rule, str):
+            rule = RobustAggregator(rule, **(rule_options or {}))
+        elif rule_options or not isinstance(rule, RobustAggregator):
+            raise TypeError(
+                "rule: expected a name, or a RobustAggregator without rule_options, "
+                f"got {type(rule).__name__} and {rule_options}"
+            )
+        self.rule: Rule = rule.rule
         if weighted and not hasattr(self.rule, "weights"):
             raise ValueError(f"weighted: expected a rule with weights, got {self.rule}")
         self.weighted = weighted
