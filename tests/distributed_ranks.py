@@ -649,12 +649,18 @@ def fsdp_errors(rank, p):
 
 @check("dead")
 def a_rank_dies(rank, p):
+    net = Net()
+    used_parameters(net)
+    ddp, _ = wrap(net, RobustState("flag"))
+    ddp(batch(rank, 0)).backward()
     robust_all_reduce(torch.ones(10), "flag")
     if rank == 1:
         os._exit(0)
     start = time.monotonic()
     with pytest.raises(RuntimeError):
         robust_all_reduce(torch.ones(10), "flag")
+    with pytest.raises(RuntimeError):
+        ddp(batch(rank, 1)).backward()
     assert time.monotonic() - start < 3 * DEAD_AFTER
     if rank == 0:
         note("a_rank_dies")
