@@ -3,7 +3,7 @@
 Four processes of one thread each on this machine, d float32 numbers per worker. "all_reduce" is
 what DDP does: a sum and a division; "all_gather, flag" brings every row to every rank and
 aggregates there. The contenders take turns, so that all meet the same machine; a time is the median
-over turns of the slowest rank's. Bytes are those that a rank sends, in units of d numbers of s bytes:
+over turns of the slowest rank's. Bytes that a rank sends, in units of d numbers of s bytes:
 
     all_reduce, robust_all_reduce   2 (p-1)/p     all_gather   p - 1
 

@@ -26,34 +26,21 @@ def _load():
 GROUPS = _load().GROUPS
 
 
-@pytest.fixture(scope="session")
-def ran(tmp_path_factory):
-    """ran(group): (checks that all ranks passed, what they printed); a group runs once."""
-    results = {}
-
-    def run(group: str) -> tuple[list[str], str]:
-        if group not in results:
-            folder = tmp_path_factory.mktemp(group)
-            (folder / "passed").touch()
-            done = subprocess.run(
-                [sys.executable, str(PATH), group, str(folder)],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=150,
-            )  # fmt: skip
-            passed = (folder / "passed").read_text().split()
-            results[group] = passed, f"{done.stdout}\nexit status {done.returncode}"
-        return results[group]
-
-    return run
-
-
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    ("group", "check"),
-    [(group, one.__name__) for group, (_, checks) in GROUPS.items() for one in checks],
-)
-def test_ranks(ran, group, check):
-    passed, printed = ran(group)
-    assert check in passed, printed[-6000:]
+@pytest.mark.parametrize("group", GROUPS)
+def test_ranks(tmp_path, group):
+    """Every check of the group, one after the other in the same processes; the first one that fails
+    ends them, and its traceback is shown."""
+    done = subprocess.run(
+        [sys.executable, str(PATH), group, str(tmp_path)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180,
+    )  # fmt: skip
+    passed = tmp_path / "passed"
+    names = passed.read_text().split() if passed.exists() else []
+    checks = [one.__name__ for one in GROUPS[group][1]]
+    assert checks
+    assert names == checks, done.stdout[-6000:]
+    assert done.returncode == 0, done.stdout[-6000:]
 
 
 def test_fsdp_comm_has_what_torch_asks_for():
