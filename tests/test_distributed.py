@@ -1,8 +1,7 @@
-"""dashpot.distributed in real processes over gloo; what they run is in distributed_ranks.py."""
+"""dashpot.distributed in real processes over gloo; what they run is in tests/ranks/."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import subprocess
 import sys
@@ -13,17 +12,8 @@ import torch
 from dashpot.distributed import RobustReduceScatter, RobustState
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
-PATH = Path(__file__).with_name("distributed_ranks.py")
-
-
-def _load():
-    spec = importlib.util.spec_from_file_location("distributed_ranks", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-GROUPS = _load().GROUPS
+RANKS = Path(__file__).with_name("ranks")
+GROUPS = ("all_reduce", "ddp", "fsdp", "fsdp_of_two", "dead")
 
 
 @pytest.mark.timeout(200)
@@ -32,14 +22,15 @@ def test_ranks(tmp_path, group):
     """Every check of the group, one after the other in the same processes; the first one that fails
     ends them, and its traceback is shown."""
     done = subprocess.run(
-        [sys.executable, str(PATH), group, str(tmp_path)],
+        [sys.executable, str(RANKS), group, str(tmp_path)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180,
     )  # fmt: skip
-    passed = tmp_path / "passed"
-    names = passed.read_text().split() if passed.exists() else []
-    checks = [one.__name__ for one in GROUPS[group][1]]
-    assert checks
-    assert names == checks, done.stdout[-6000:]
+    checks, passed = (
+        file.read_text().split() if file.exists() else []
+        for file in (tmp_path / "checks", tmp_path / "passed")
+    )
+    assert checks, done.stdout
+    assert passed == checks, done.stdout[-6000:]
     assert done.returncode == 0, done.stdout[-6000:]
 
 

@@ -24,7 +24,7 @@ SOURCES = sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in SUFFIXES and "__pycache__" not in path.parts
 )
-NOT_FAMILIES = {"common", "emulator", "models", "results"}  # folders beside the families'
+NOT_FAMILIES = {"common", "emulator", "models", "ranks", "results"}  # folders beside the families'
 
 
 def label(path: Path) -> str:
