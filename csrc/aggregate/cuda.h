@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "aggregate/center_solve.h"
 #include "aggregate/flag_solve.h"
 #include "aggregate/rows.h"
 
@@ -36,9 +37,21 @@ void sqdist_cuda(const Rows& rows, const bool* mask, bool norms, double* partial
 void combine_cuda(const Rows& rows, const double* coeffs, const std::vector<void*>& out, int device,
                   void* stream);
 
-// Whether the solve's matrices fit a block's shared memory; if not, `work` must be given.
-bool flag_coeffs_fits(int64_t p, int device);
+// Whether so many float64 numbers fit a block's shared memory. If not, a solve's `work` must be
+// given, in global memory; if so, it may be null.
+bool fits_block(int64_t numbers, int device);
 void flag_coeffs_cuda(const double* k, int p, const FlagOptions& options, double* work, double* c,
                       double* v, double* objective, int64_t* iters, int device, void* stream);
+void krum_coeffs_cuda(const double* d, int p, int k, int neighbours, bool squared, double* work,
+                      double* c, double* scores, int device, void* stream);
+void nnm_coeffs_cuda(const double* d, int p, int f, double* work, double* mixing, int device,
+                     void* stream);
+void mda_coeffs_cuda(const double* d, int p, int f, double* work, double* c, double* diameter,
+                     int device, void* stream);
+void geometric_median_coeffs_cuda(const double* d, int q, const double* weights,
+                                  const MedianOptions& options, double* work, double* c,
+                                  int64_t* iters, int device, void* stream);
+void centered_clipping_coeffs_cuda(const double* d, int q, double tau, int n_iter, double* work,
+                                   double* c, int device, void* stream);
 
 }  // namespace dashpot::aggregate

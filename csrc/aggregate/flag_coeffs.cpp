@@ -3,7 +3,7 @@
 #include <string>
 #include <tuple>
 
-#include "aggregate/cuda.h"
+#include "aggregate/cuda_binding.h"
 #include "aggregate/flag_solve.h"
 #include "common/bind.h"
 #include "common/eigh.h"
@@ -12,9 +12,7 @@
 namespace dashpot::aggregate {
 namespace {
 
-struct Alone {
-  static constexpr int rank = 0, size = 1;
-  void sync() const {}
+struct Solver : Alone {
   void eigh(double* a, double* vectors, double* values, double* scratch, int n) const {
     dashpot::eigh(a, vectors, values, scratch, n);
   }
@@ -44,7 +42,7 @@ Outputs flag_coeffs_forward(const Tensor& k, std::optional<int> m, int n_iter, d
   const auto& [c, v, objective, iters] = out;
   const py::gil_scoped_release release;
   std::vector<double> work(flag_work_size(p));
-  flag_solve(Alone{}, k.as<double>(), p, options, work.data(), c.as<double>(), v.as<double>(),
+  flag_solve(Solver{}, k.as<double>(), p, options, work.data(), c.as<double>(), v.as<double>(),
              objective.as<double>(), iters.as<int64_t>());
   return out;
 }
@@ -58,13 +56,9 @@ Outputs flag_coeffs_forward_cuda(const Tensor& k, std::optional<int> m, int n_it
   const Outputs out = outputs(k, p);
   const auto& [c, v, objective, iters] = out;
   const Place place = place_of(k);
-  std::optional<Tensor> work;  // torch's allocator keeps it alive on this stream
-  if (!flag_coeffs_fits(p, place.device)) {
-    work = k.new_empty({flag_work_size(p)}, Dtype::kFloat64);
-  }
-  flag_coeffs_cuda(k.as<double>(), p, options, work ? work->as<double>() : nullptr, c.as<double>(),
-                   v.as<double>(), objective.as<double>(), iters.as<int64_t>(), place.device,
-                   place.stream);
+  const Work work(k, flag_work_size(p), place.device);
+  flag_coeffs_cuda(k.as<double>(), p, options, work.get(), c.as<double>(), v.as<double>(),
+                   objective.as<double>(), iters.as<int64_t>(), place.device, place.stream);
   return out;
 }
 #endif

@@ -3,15 +3,13 @@
 // The matrices lie in shared memory (p up to about 60), else in global memory, which the L2 cache
 // holds. Nothing is read by the host: the number of steps is decided on the device.
 #include "aggregate/cuda.h"
+#include "aggregate/team.cuh"
 #include "common/jacobi.cuh"
-#include "common/numeric.cuh"
 
 namespace dashpot::aggregate {
 namespace {
 
-struct Block {
-  int rank, size;
-  __device__ void sync() const { __syncthreads(); }
+struct SolverBlock : Block {
   __device__ void eigh(double* a, double* vectors, double* values, double* scratch, int n) const {
     jacobi_eigh(a, vectors, values, scratch, n);
   }
@@ -21,20 +19,8 @@ __global__ void __launch_bounds__(384, 1)
     flag_coeffs_kernel(const double* k, int p, FlagOptions options, double* work, double* c,
                        double* v, double* objective, int64_t* iters) {
   DASHPOT_DYNAMIC_SHARED(double, shared);
-  const Block team{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)};
+  const SolverBlock team{{static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x), nullptr}};
   flag_solve(team, k, p, options, work ? work : shared, c, v, objective, iters);
-}
-
-int64_t shared_limit(int device) {
-#ifdef DASHPOT_EMULATE
-  (void)device;
-  return 64 << 10;  // small, so that tests reach both kinds of memory
-#else
-  int bytes = 0;
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             "asking for the size of shared memory");
-  return bytes;
-#endif
 }
 
 // A matrix of order p has (p/2)^2 blocks to rotate at once.
@@ -42,8 +28,9 @@ int threads_for(int p) { return p <= 16 ? 128 : p <= 32 ? 256 : 384; }
 
 }  // namespace
 
-bool flag_coeffs_fits(int64_t p, int device) {
-  return flag_work_size(p) * static_cast<int64_t>(sizeof(double)) <= shared_limit(device);
+bool fits_block(int64_t numbers, int device) {
+  const int64_t kStatic = 1 << 10;  // what a block may hold besides
+  return numbers * static_cast<int64_t>(sizeof(double)) + kStatic <= shared_limit(device);
 }
 
 void flag_coeffs_cuda(const double* k, int p, const FlagOptions& options, double* work, double* c,

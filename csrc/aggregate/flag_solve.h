@@ -7,21 +7,10 @@
 //           w_i = (1 - v_i + eps)^-power, w_ij from |Z_i - Z_j|^2
 //   c = N^-1 Q L^{-1/2} Y Z t
 //
-// Everything is (p, p) or (p,) in float64. Matrices lie in `work`; `Team` is one thread (CPU) or a
-// block of them: every thread runs this function, elements are dealt out by team.rank, scalars
-// are computed by all threads alike, so control flow is uniform and needs no reduction.
+// Everything is (p, p) or (p,) in float64. Matrices lie in `work`. A Team here has an eigensolver.
 #pragma once
 
-#include <stdint.h>
-#ifndef __CUDACC_RTC__
-#include <math.h>
-#endif
-
-#ifdef __CUDACC__
-#define DASHPOT_HD __host__ __device__
-#else
-#define DASHPOT_HD
-#endif
+#include "aggregate/team.h"
 
 namespace dashpot::aggregate {
 
@@ -94,11 +83,11 @@ DASHPOT_HD void flag_solve(const Team& team, const double* k, int p, const FlagO
   double* scratch = h + p;            // (2 p,) for the eigensolver and the median
 
   int count = 0;  // workers kept
-  for (int i = 0; i < p; ++i) count += fabs(k[i * p + i]) <= 1.7976931348623157e308;
+  for (int i = 0; i < p; ++i) count += is_finite(k[i * p + i]);
   const int m = o.m > 0 ? o.m : (count + 1) / 2;
   for (int i = team.rank; i < p; i += team.size) {
     const double square = k[i * p + i];
-    const bool alive = fabs(square) <= 1.7976931348623157e308;
+    const bool alive = is_finite(square);
     norm[i] = alive && square > 0 ? sqrt(square) : 0;
     inverse[i] = alive ? 1 / (norm[i] > 1e-12 ? norm[i] : 1e-12) : 0;
     size[i] = o.objective_pairs ? norm[i] : 1;

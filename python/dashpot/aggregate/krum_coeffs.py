@@ -21,7 +21,7 @@ def _krum_coeffs_reference(
         distance = distance.sqrt()
     scores = distance.sort(dim=1).values[:, :neighbours].sum(1)  # (p,)
     rank = scores.argsort(stable=True).argsort()  # (p,)
-    c = torch.where(rank < k, 1.0 / k, 0.0).to(sqdist.dtype)
+    c = (rank < k).to(sqdist.dtype) / k
     return torch.where(torch.isfinite(scores).sum() >= k, c, torch.nan), scores
 
 

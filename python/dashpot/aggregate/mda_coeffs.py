@@ -30,7 +30,10 @@ def _mda_coeffs_reference(sqdist: Tensor, f: int) -> tuple[Tensor, Tensor]:
         )
     distance = clean_distances(sqdist)  # (p, p)
     subsets = torch.tensor(_subsets(p, k), device=sqdist.device)  # (subsets, k)
-    worst = torch.where(torch.isfinite(sqdist.diagonal()), 0.0, torch.inf)[subsets].amax(1)
+    single = torch.where(
+        torch.isfinite(sqdist.diagonal()), 0, torch.full_like(sqdist[0], torch.inf)
+    )
+    worst = single[subsets].amax(1)  # (subsets,)
     for a, b in itertools.combinations(range(k), 2):
         worst = torch.maximum(worst, distance[subsets[:, a], subsets[:, b]])  # (subsets,)
     least = worst.amin()
@@ -38,7 +41,7 @@ def _mda_coeffs_reference(sqdist: Tensor, f: int) -> tuple[Tensor, Tensor]:
     first = torch.where(worst == least, torch.arange(len(subsets), 0, -1, device=sqdist.device), 0)
     chosen = subsets[first.argmax()]  # (k,)
     inside = (chosen[:, None] == torch.arange(p, device=sqdist.device)).any(0)  # (p,)
-    c = torch.where(inside, 1.0 / k, 0.0).to(sqdist.dtype)
+    c = inside.to(sqdist.dtype) / k
     found = torch.isfinite(least)
     return torch.where(found, c, torch.nan), torch.where(found, least.sqrt(), torch.nan)
 

@@ -25,11 +25,11 @@ def _nnm_coeffs_reference(sqdist: Tensor, f: int) -> Tensor:
     p = sqdist.shape[0]
     alive = torch.isfinite(sqdist.diagonal())  # (p,)
     eye = torch.eye(p, dtype=torch.bool, device=sqdist.device)
-    distance = torch.where(eye, -1.0, clean_distances(sqdist))  # (p, p)
+    distance = torch.where(eye, -1, clean_distances(sqdist))  # (p, p)
     order = distance.argsort(dim=1, stable=True)
     rank = order.argsort(dim=1)  # of each j in row i
     found = torch.isfinite(distance).sum(1) >= p - f  # (p,)
-    mixing = torch.where(rank < p - f, 1.0 / (p - f), 0.0).to(sqdist.dtype)
+    mixing = (rank < p - f).to(sqdist.dtype) / (p - f)
     return torch.where((alive & found)[:, None], mixing, torch.nan)
 
 

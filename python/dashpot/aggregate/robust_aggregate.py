@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot._dispatch import chain
+from dashpot.aggregate import _coordinate as _coordinate  # enters its rules into the table
 from dashpot.aggregate._mixing import Stage
 from dashpot.aggregate._rows import Grads
 from dashpot.aggregate._rules import make_rule
@@ -29,10 +30,14 @@ def robust_aggregate(
     Args:
         grads: tensor (p, ...), list of p tensors, or p lists of S tensors, as in `gram`.
         rule: "flag", "krum", "multi_krum", "mda", "monna", "geometric_median",
-            "centered_clipping", "mean".
+            "centered_clipping", "mean", "coordinate_median", "trimmed_mean", "meamed", "phocas" or
+            "bulyan".
         pre: `NNM`, `Bucketing`, `Clipping` or `AdaptiveClipping` objects, in the order in which
-            they are applied. They cost no pass over the rows beyond the distances they need.
-        nonfinite: "drop" or "raise", as in the rule's own function.
+            they are applied. They cost no pass over the rows beyond the distances they need,
+            except before rules that sort coordinates: those need the mixed rows themselves, which
+            are formed some coordinates at a time.
+        nonfinite: "drop" or "raise", as in the rule's own function; rules that sort coordinates
+            take "drop" alone and treat NaN as `coordinate_rules` says.
         opts: the rule's options, named as in its own function.
 
     Returns:

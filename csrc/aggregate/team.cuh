@@ -1,0 +1,45 @@
+// A block of threads as a team, and where its matrices lie: in shared memory if they fit, else in
+// global memory, which the caches hold.
+#pragma once
+
+#include "aggregate/team.h"
+#include "common/cuda.cuh"
+#include "common/numeric.cuh"
+
+namespace dashpot::aggregate {
+namespace {
+
+struct Block {
+  int rank, size;
+  double* slots;  // (32,) shared, for max
+
+  __device__ void sync() const { __syncthreads(); }
+  // The largest of all threads' values; every thread calls it and gets it.
+  __device__ double max(double value) const {
+#pragma unroll
+    for (int far = 16; far > 0; far /= 2) {
+      value = fmax(value, __shfl_xor_sync(0xffffffffu, value, far));
+    }
+    __syncthreads();  // the slots' last readers are done
+    if (rank % 32 == 0) slots[rank / 32] = value;
+    __syncthreads();
+    double most = slots[0];
+    for (int warp = 1; warp < size / 32; ++warp) most = fmax(most, slots[warp]);
+    return most;
+  }
+};
+
+inline int64_t shared_limit(int device) {
+#ifdef DASHPOT_EMULATE
+  (void)device;
+  return 64 << 10;  // small, so that tests reach both kinds of memory
+#else
+  int bytes = 0;
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "asking for the size of shared memory");
+  return bytes;
+#endif
+}
+
+}  // namespace
+}  // namespace dashpot::aggregate

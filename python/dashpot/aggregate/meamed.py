@@ -1,0 +1,56 @@
+"""`meamed`: each coordinate's mean around its median."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dashpot._arrays import public
+from dashpot._dispatch import chain
+from dashpot.aggregate._rows import Grads, as_rows
+from dashpot.aggregate.coordinate_rules import (
+    COORDINATE_RULES,
+    RULE_SIZES,
+    check_f,
+    one_rule,
+    rule_floor,
+    rule_inputs,
+)
+
+
+@public
+def meamed(
+    grads: Grads, f: int, *, out: Tensor | list[Tensor] | None = None
+) -> Tensor | list[Tensor]:
+    r"""Mean of the p - f values nearest the median, in each coordinate ("mean around median").
+
+    Args:
+        grads: tensor (p, ...), list of p tensors, or p lists of S tensors, as in
+            `coordinate_rules`, which says how ties, NaN and inf count.
+        f: values left out, 0 <= 2 f < p; 0 gives the mean.
+        out: where to write: a contiguous tensor, or S of them for parameter lists, of one
+            worker's shapes, dtype and device; no gradient flows through it.
+
+    Returns:
+        The mean (...), or a list of S tensors, in the dtype of `grads`; sums in float32 at least.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+        RuntimeError: `out` given while a gradient is wanted.
+
+    The gradient goes in equal shares to the p - f values of each coordinate.
+
+    Source: Generalized Byzantine-tolerant SGD, arXiv 1802.10116.
+    """
+    rows = as_rows(grads)
+    check_f(f, rows.p)
+    return one_rule(grads, "meamed", f, out=out, rows=rows)
+
+
+MEAMED = chain(
+    "meamed",
+    meamed,
+    (COORDINATE_RULES,),
+    inputs=rule_inputs,
+    floor=rule_floor,
+    sizes=RULE_SIZES,
+)
