@@ -1,6 +1,6 @@
 """multi_krum: distances in one read, the mean of the p - f selected rows in a second, in the
-variants of byzfl (squared distances, p - f - 1 = 11 neighbours of 15 workers) and torchjd (plain distances,
-p - f - 2), against both and against what a good user writes."""
+variants of byzfl (squared distances, p - f - 1 = 11 neighbours of 15 workers) and torchjd (plain
+distances, p - f - 2), against both and against what a good user writes."""
 
 import torch
 from dashpot._measure import Peer

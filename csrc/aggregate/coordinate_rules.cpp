@@ -1,12 +1,13 @@
 // coordinate_rules: rows (p, d), of which `count` take part -> R updates (d,), one streaming pass.
 //
-// A tile of a few vectors of coordinates (16 KiB) is sorted into the L1 cache, then every rule reads
-// it: two kernels, so that sorting is compiled for each number of workers and the rules are not.
-// Up to 16 rows are sorted in registers, more in blocks of 16 (sorting.h). Values are compared as
-// floats; a tile with a NaN is sorted again as integers of the same order, NaN last. 16-bit floats
-// are always compared as 16-bit integers, twice as many in a vector, where only a negative NaN
-// needs the second attempt. Chunks go from the last coordinate to the first: what the pass over
-// distances before it read last is still in the cache.
+// A vector of coordinates is sorted into the L1 cache, then every rule reads it there: two kernels,
+// so that sorting is compiled for each number of workers and the rules are not. (A tile of several
+// vectors would leave the memory idle while the rules run.) Up to 16 rows are sorted in registers,
+// more in blocks of 16 (sorting.h). Values are compared as floats; a run of vectors with a NaN or
+// inf is done again with integers of the same order, NaN last. 16-bit floats are always compared as
+// 16-bit integers, twice as many in a vector, where only a negative NaN needs the second attempt.
+// Chunks go from the last coordinate to the first: what the pass over distances before it read last
+// is still in the cache.
 #include "aggregate/coordinate_rules.h"
 
 #include <array>
@@ -27,7 +28,8 @@ namespace dashpot::aggregate {
 namespace {
 
 inline constexpr int64_t kChunk = 4096;
-inline constexpr int64_t kTileBytes = 16384;
+inline constexpr int kRun = 16;               // vectors between two looks for NaN, at most
+inline constexpr int64_t kTileBytes = 32768;  // of more than kBlock rows
 
 template <class T>
 using Key = std::conditional_t<sizeof(T) == 8, int64_t,
@@ -40,9 +42,23 @@ constexpr Key<T> infinity_bits() {
   return std::is_same_v<T, BFloat16> ? 0x7f80 : 0x7c00;
 }
 
-template <Isa isa, class Mask>
-DASHPOT_INLINE bool any(Mask mask) {
-  const auto words = reinterpret_cast<Vec<int64_t, isa>>(mask);
+template <class Kernel, class... A>
+__attribute__((noinline)) void run_baseline(A... arguments) {
+  Kernel::template run<Isa::kBaseline>(arguments...);
+}
+
+// Calls a kernel from another one, of the same instruction set and not inlined.
+template <class Kernel, Isa isa, class... A>
+DASHPOT_INLINE void run_as(A... arguments) {
+  if constexpr (isa == Isa::kAvx512) return run_avx512<Kernel>(arguments...);
+  if constexpr (isa == Isa::kAvx2) return run_avx2<Kernel>(arguments...);
+  if constexpr (isa == Isa::kBaseline) return run_baseline<Kernel>(arguments...);
+}
+
+// Whether any lane is not 0.
+template <Isa isa, class V>
+DASHPOT_INLINE bool any(V lanes) {
+  const auto words = reinterpret_cast<Vec<int64_t, isa>>(lanes);
   int64_t all = 0;
   for (int i = 0; i < kLanes<int64_t, isa>; ++i) all |= words[i];
   return all != 0;
@@ -54,13 +70,14 @@ struct Order {
   static constexpr bool kFloats = !kSafe && !kIsSixteen<T>;
   using E = std::conditional_t<kFloats, T, Key<T>>;
   using V = Vec<E, isa>;
-  using K = Vec<Key<T>, isa>;
+  using Bits = Vec<Key<T>, isa>;
   static constexpr Key<T> kMax = std::numeric_limits<Key<T>>::max();
+  static constexpr Key<T> kLowest = ~infinity_bits<T>();  // -inf
   static constexpr int kSignShift = 8 * sizeof(T) - 1;
-  K unclean{};  // lanes that need kSafe
+  V unclean{};  // not 0 in lanes that need kSafe
 
   // Bits of a float to an integer of the same order, and back.
-  static DASHPOT_INLINE K turn(K bits) { return bits ^ ((bits >> kSignShift) & kMax); }
+  static DASHPOT_INLINE Bits turn(Bits bits) { return bits ^ ((bits >> kSignShift) & kMax); }
 
   static DASHPOT_INLINE V last() {
     if constexpr (kFloats) return V{} + std::numeric_limits<T>::infinity();
@@ -70,10 +87,9 @@ struct Order {
     V value;
     __builtin_memcpy(&value, from, sizeof value);
     if constexpr (kFloats) {
-      unclean |= value != value;
+      unclean += value * 0;  // NaN for NaN and inf, in one instruction
     } else if constexpr (kSafe) {
-      const K nan = (value & kMax) > infinity_bits<T>();
-      value = nan ? V{} + kMax : turn(value);
+      value = (value & kMax) > V{} + infinity_bits<T>() ? V{} + kMax : turn(value);
     } else {
       value = turn(value);
     }
@@ -81,7 +97,7 @@ struct Order {
   }
   // Of a vector's smallest values: a negative NaN lies below -inf.
   DASHPOT_INLINE void look(V smallest) {
-    if constexpr (!kFloats && !kSafe) unclean |= smallest < ~infinity_bits<T>();
+    if constexpr (!kFloats && !kSafe) unclean += smallest < V{} + kLowest ? V{} + 1 : V{};
   }
   static DASHPOT_INLINE V written(V value) {
     if constexpr (!kFloats) return turn(value);
@@ -89,46 +105,7 @@ struct Order {
   }
 };
 
-// Sorts `vectors` vectors of coordinates, the first at rows[.][at], into tile (vectors, stride,
-// lanes); P: count rounded up (to an even number, for kSafe to kBlock), or 0 for more than kBlock.
-// unclean: whether there was a NaN that kSafe is needed for.
-template <class T, int P, bool kSafe>
-struct SortTile {
-  template <Isa isa>
-  static DASHPOT_INLINE void run(const T* const* rows, int count, int64_t at, int vectors,
-                                 int stride, T* tile, bool* unclean) {
-    using Sort = Order<T, kSafe, isa>;
-    using V = typename Sort::V;
-    constexpr int kStep = kLanes<Key<T>, isa>;
-    constexpr int kHeld = P ? P : kBlock;
-    constexpr int kSure = kSafe ? 0 : P - 1;  // rows that need no test
-    Sort sort;
-    for (int v = 0; v < vectors; ++v, at += kStep, tile += stride * kStep) {
-      V* to = reinterpret_cast<V*>(tile);
-      for (int first = 0; first < count; first += kHeld) {
-        V x[kHeld];
-        DASHPOT_UNROLL
-        for (int i = 0; i < kHeld; ++i) {
-          const bool there = i < kSure || first + i < count;
-          x[i] = there ? sort.read(rows[first + i] + at) : Sort::last();
-        }
-        sort_registers<kHeld>(x);
-        sort.look(x[0]);
-        DASHPOT_UNROLL
-        for (int i = 0; i < kHeld; ++i) to[first + i] = P ? Sort::written(x[i]) : x[i];
-      }
-      if constexpr (P == 0) {
-        merge_exchange(stride / kBlock, [&](int i, int j) {
-          merge_blocks(to + i * kBlock, to + j * kBlock, 1);
-        });
-        for (int i = 0; i < count; ++i) to[i] = Sort::written(to[i]);
-      }
-    }
-    *unclean = any<isa>(sort.unclean);
-  }
-};
-
-// Value i of a vector of coordinates in a tile; half: which part of 16-bit ones.
+// Value i of a vector of coordinates, or of a part of one of 16-bit floats, in a tile.
 template <class T, Isa isa>
 struct FromTile {
   using Value = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -158,51 +135,33 @@ __attribute__((noinline)) double exact_lane(const T* base, int step, const RuleS
 template <class T, Isa isa>
 DASHPOT_INLINE Vec<float, isa> window_rule(const FromTile<T, isa>& get, const RuleSet& set,
                                            Rule rule) {
-  using V = Vec<float, isa>;
-  using Mask = Vec<int32_t, isa>;
-  constexpr float kInfinity = std::numeric_limits<float>::infinity();
-  const int count = set.count, f = set.f;
-  V mean;
-  Mask unsure;
-  if (rule == Rule::kMeamed) {
-    AroundMedian<V> nearer(get((count - 1) / 2), get(count / 2));
-    mean = nearest_mean<V>(get, count, count - f, nearer);
-    unsure = ~(size_of(nearer.sum) < kInfinity);
-  } else {
-    const V low = size_of(get(f)), high = size_of(get(count - f - 1));
-    AroundMean<V, Mask> nearer(core_sum<V>(get, count, f), low < high ? high : low, count - 2 * f);
-    mean = nearest_mean<V>(get, count, count - f, nearer);
-    unsure = nearer.unsure | ~(size_of(nearer.twice) < kInfinity);
-  }
+  Vec<float, isa> unsure;
+  Vec<float, isa> mean = fast_window(get, set, rule, unsure);
   if (__builtin_expect(any<isa>(unsure), 0)) {
     for (int lane = 0; lane < kLanes<float, isa>; ++lane) {
-      if (!unsure[lane]) continue;
+      if (unsure[lane] == 0) continue;
       mean[lane] = static_cast<float>(exact_lane(get.base + lane, get.kStep, set, rule));
     }
   }
   return mean;
 }
 
-// outs[r][at ..] = rule r of the sorted values in tile (vectors, stride, lanes).
+// outs[r][at ..] = rule r of the sorted values in tile (count, lanes).
 template <class T>
-struct RulesTile {
+struct ApplyRules {
   template <Isa isa>
-  static DASHPOT_INLINE void run(const T* tile, int stride, int vectors, const RuleSet* rules,
-                                 T* const* outs, int64_t at) {
+  static DASHPOT_INLINE void run(const T* tile, const RuleSet* set, T* const* outs, int64_t at) {
     using Get = FromTile<T, isa>;
     using Value = typename Get::Value;
     constexpr int kWidth = kLanes<Value, isa>;
-    const RuleSet set = *rules;
-    for (int v = 0; v < vectors; ++v, tile += stride * Get::kStep) {
-      for (int part = 0; part < Get::kStep; part += kWidth, at += kWidth) {
-        const Get get{tile + part};
-        for (int r = 0; r < set.rules; ++r) {
-          const Vec<Value, isa> result = apply<isa>(get, set, set.rule[r]);
-          if constexpr (kIsSixteen<T>) {
-            Sixteen<isa>::narrow(outs[r] + at, result);
-          } else {
-            store<T, isa>(outs[r] + at, result);
-          }
+    for (int part = 0; part < Get::kStep; part += kWidth, at += kWidth) {
+      const Get get{tile + part};
+      for (int r = 0; r < set->rules; ++r) {
+        const Vec<Value, isa> result = apply<isa>(get, *set, set->rule[r]);
+        if constexpr (kIsSixteen<T>) {
+          Sixteen<isa>::narrow(outs[r] + at, result);
+        } else {
+          store<T, isa>(outs[r] + at, result);
         }
       }
     }
@@ -215,69 +174,127 @@ struct RulesTile {
     if (rule == Rule::kMedian) return median_of<V>(get, count);
     if (rule == Rule::kLowerMedian) return V(get((count - 1) / 2));
     if (rule == Rule::kTrimmedMean) {
-      return core_sum<V>(get, count, set.f) /
-             static_cast<typename Get::Value>(count - 2 * set.f);
+      return core_sum<V>(get, count, set.f) / static_cast<typename Get::Value>(count - 2 * set.f);
     }
     if constexpr (std::is_same_v<T, double>) return exact_window<V>(get, set, rule);
     if constexpr (!std::is_same_v<T, double>) return window_rule<T, isa>(get, set, rule);
   }
 };
 
+// Sorts `vectors` vectors of coordinates, the first at rows[.][at], and applies the rules to each.
+// P: count rounded up (to an even number, for kSafe to kBlock); tile is (P, lanes). Or 0 for more
+// than kBlock rows: then kBlock of them pass at a time (streams that a prefetcher can follow), for
+// all the vectors; tile is (vectors, count in whole blocks, lanes). unclean: whether there was a
+// value that kSafe is needed for.
+template <class T, int P, bool kSafe>
+struct SortAndApply {
+  static constexpr int kHeld = P ? P : kBlock;
+  static constexpr int kSure = kSafe ? 0 : P - 1;  // rows that need no test
+
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const T* const* rows, const RuleSet* set, int64_t at, int vectors,
+                                 T* tile, T* const* outs, bool* unclean) {
+    using Sort = Order<T, kSafe, isa>;
+    using V = typename Sort::V;
+    constexpr int kStep = kLanes<Key<T>, isa>;
+    const int count = set->count;
+    Sort sort;
+    V* const to = reinterpret_cast<V*>(tile);
+    if constexpr (P > 0) {
+      for (int v = 0; v < vectors; ++v, at += kStep) {
+        sort_block(sort, rows, count, at, to);
+        run_as<ApplyRules<T>, isa>(static_cast<const T*>(tile), set, outs, at);
+      }
+    } else {
+      const int blocks = (count + kBlock - 1) / kBlock;
+      for (int b = 0; b < blocks; ++b) {
+        for (int v = 0; v < vectors; ++v) {
+          sort_block(sort, rows + b * kBlock, count - b * kBlock, at + v * kStep,
+                     to + (v * blocks + b) * kBlock);
+        }
+      }
+      for (int v = 0; v < vectors; ++v, at += kStep) {
+        V* const one = to + v * blocks * kBlock;
+        merge_exchange(blocks,
+                       [&](int i, int j) { merge_blocks(one + i * kBlock, one + j * kBlock, 1); });
+        for (int i = 0; i < count; ++i) one[i] = Sort::written(one[i]);
+        run_as<ApplyRules<T>, isa>(reinterpret_cast<const T*>(one), set, outs, at);
+      }
+    }
+    *unclean = any<isa>(sort.unclean);
+  }
+
+  // One vector of up to kHeld rows, sorted and padded, to `to`.
+  template <class Sort, class V>
+  static DASHPOT_INLINE void sort_block(Sort& sort, const T* const* rows, int count, int64_t at,
+                                        V* to) {
+    V x[kHeld];
+    DASHPOT_UNROLL
+    for (int i = 0; i < kHeld; ++i) {
+      x[i] = i < kSure || i < count ? sort.read(rows[i] + at) : Sort::last();
+    }
+    sort_registers<kHeld>(x);
+    sort.look(x[0]);
+    DASHPOT_UNROLL
+    for (int i = 0; i < kHeld; ++i) to[i] = P ? Sort::written(x[i]) : x[i];
+  }
+};
+
 template <class T>
-using SortFunction = void (*)(const T* const*, int, int64_t, int, int, T*, bool*);
+using Function = void (*)(const T* const*, const RuleSet*, int64_t, int, T*, T* const*, bool*);
 
 template <class T, int P, bool kSafe>
-void sort_tile(const T* const* rows, int count, int64_t at, int vectors, int stride, T* tile,
-               bool* unclean) {
-  run_on_isa<SortTile<T, P, kSafe>>(rows, count, at, vectors, stride, tile, unclean);
+void sort_and_apply(const T* const* rows, const RuleSet* set, int64_t at, int vectors, T* tile,
+                    T* const* outs, bool* unclean) {
+  run_on_isa<SortAndApply<T, P, kSafe>>(rows, set, at, vectors, tile, outs, unclean);
 }
 
 // For up to 2, 4, .. 16 rows, and for more.
 template <class T, size_t... k>
-SortFunction<T> sort_function(int count, std::index_sequence<k...>) {
-  static constexpr SortFunction<T> kFew[] = {&sort_tile<T, 2 * (k + 1), false>...};
-  return count > kBlock ? &sort_tile<T, 0, false> : kFew[(count - 1) / 2];
+Function<T> function_for(int count, std::index_sequence<k...>) {
+  static constexpr Function<T> kFew[] = {&sort_and_apply<T, 2 * (k + 1), false>...};
+  return count > kBlock ? &sort_and_apply<T, 0, false> : kFew[(count - 1) / 2];
 }
 
-// Everything about a call that chunks share.
+// A call's rules, and how they are run; what chunks share.
 template <class T>
 struct Pass {
   RuleSet set;
-  int stride;  // values per coordinate in a tile: what sorting pads them to
-  int lanes;   // coordinates per vector
-  int vectors;
-  SortFunction<T> sort, sort_safe;
+  int stride;     // rows in a tile: count padded to whole blocks
+  int lanes;      // coordinates per vector
+  int run;        // vectors sorted before NaN is looked for
+  int tiles = 1;  // of one vector each
+  Function<T> fast, safe;
 
   explicit Pass(const RuleSet& rules) : set(rules) {
-    const int count = rules.count;
-    // As wide as the widest network: the safe one pads to kBlock.
-    stride = (count + kBlock - 1) / kBlock * kBlock;
+    stride = (set.count + kBlock - 1) / kBlock * kBlock;
     lanes = vector_bytes(isa()) / static_cast<int>(sizeof(T));
-    const int64_t bytes = int64_t{stride} * vector_bytes(isa());
-    vectors = static_cast<int>(std::max<int64_t>(1, kTileBytes / bytes));
-    sort = sort_function<T>(count, std::make_index_sequence<kBlock / 2>{});
-    sort_safe = count > kBlock ? &sort_tile<T, 0, true> : &sort_tile<T, kBlock, true>;
+    run = kRun;
+    if (set.count > kBlock) {
+      const int64_t bytes = int64_t{stride} * vector_bytes(isa());
+      run = tiles = static_cast<int>(std::clamp<int64_t>(kTileBytes / bytes, 1, kRun));
+    }
+    fast = function_for<T>(set.count, std::make_index_sequence<kBlock / 2>{});
+    safe = set.count > kBlock ? &sort_and_apply<T, 0, true> : &sort_and_apply<T, kBlock, true>;
   }
 
-  void tile(const T* const* rows, int64_t at, int count, T* space, T* const* outs,
-            int64_t to) const {
+  void vectors(const T* const* rows, int64_t at, int count, T* tile, T* const* outs) const {
     bool unclean = false;
-    sort(rows, set.count, at, count, stride, space, &unclean);
-    if (unclean) sort_safe(rows, set.count, at, count, stride, space, &unclean);
-    run_on_isa<RulesTile<T>>(static_cast<const T*>(space), stride, count, &set, outs, to);
+    fast(rows, &set, at, count, tile, outs, &unclean);
+    if (unclean) safe(rows, &set, at, count, tile, outs, &unclean);
   }
 
-  // rows: (count,) pointers to a chunk; space: room for one tile more than a tile.
+  // rows: (count,) pointers to a chunk, spoilt; space: room for `space()` numbers.
   void chunk(const T** rows, int64_t length, T* space, T* const* outs) const {
     const int64_t whole = length / lanes;
-    for (int64_t v = 0; v < whole; v += vectors) {
-      const int some = static_cast<int>(std::min<int64_t>(vectors, whole - v));
-      tile(rows, v * lanes, some, space, outs, v * lanes);
+    for (int64_t v = 0; v < whole; v += run) {
+      const int some = static_cast<int>(std::min<int64_t>(run, whole - v));
+      vectors(rows, v * lanes, some, space, outs);
     }
     const int64_t begin = whole * lanes, rest = length - begin;
     if (rest == 0) return;
     // The last coordinates, less than a vector: copied beside zeros.
-    T* copies = space + int64_t{vectors} * stride * lanes;
+    T* copies = space + tiles * stride * lanes;
     std::array<T*, kRules> results;
     for (int r = 0; r < set.rules; ++r) results[r] = copies + (set.count + r) * lanes;
     for (int i = 0; i < set.count; ++i) {
@@ -285,15 +302,11 @@ struct Pass {
       for (int k = 0; k < lanes; ++k) copy[k] = k < rest ? rows[i][begin + k] : T{};
       rows[i] = copy;
     }
-    tile(rows, 0, 1, space, results.data(), 0);
-    for (int r = 0; r < set.rules; ++r) {
-      for (int64_t k = 0; k < rest; ++k) outs[r][begin + k] = results[r][k];
-    }
+    vectors(rows, 0, 1, space, results.data());
+    for (int r = 0; r < set.rules; ++r) std::copy_n(results[r], rest, outs[r] + begin);
   }
 
-  int64_t space() const {
-    return (int64_t{vectors} * stride + set.count + kRules) * lanes + 64 / sizeof(T);
-  }
+  int64_t space() const { return int64_t{tiles * stride + set.count + kRules} * lanes; }
 };
 
 // out: (R, S) pointers; live: (count,) the rows that take part.
@@ -311,10 +324,10 @@ void coordinate_rules(const Rows& rows, const std::vector<int64_t>& live, const 
     for (int r = 0; r < set.rules; ++r) {
       outs[r] = static_cast<T*>(out[r * rows.segments() + chunk.segment]) + chunk.begin;
     }
-    std::vector<T> room(pass.space());
+    std::vector<T> room(pass.space() + 64 / sizeof(T));
     void* space = room.data();
     size_t bytes = room.size() * sizeof(T);
-    std::align(64, bytes - 64, space, bytes);
+    std::align(64, pass.space() * sizeof(T), space, bytes);
     pass.chunk(pointers.data(), chunk.length, static_cast<T*>(space), outs.data());
   });
 }
@@ -331,8 +344,8 @@ RuleSet rule_set(int64_t p, int64_t count, int64_t f, const std::vector<std::str
   for (const std::string& name : names) {
     int rule = 0;
     while (rule < kRules && name != kNames[rule]) ++rule;
-    const bool trims = rule == static_cast<int>(Rule::kTrimmedMean) ||
-                       rule == static_cast<int>(Rule::kPhocas);
+    const bool trims =
+        rule == static_cast<int>(Rule::kTrimmedMean) || rule == static_cast<int>(Rule::kPhocas);
     if (rule == kRules || (trims && 2 * f >= count)) {
       throw std::invalid_argument("coordinate_rules: no rule " + name + " with this f");
     }

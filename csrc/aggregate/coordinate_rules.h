@@ -1,8 +1,8 @@
 // What the rules take from a coordinate's sorted values; one source for SIMD lanes and for CUDA.
 //
-// get(i) gives value i of `count`, sorted, NaN last, as a V: a float or double, or a vector of them.
-// Sums are in V. Which values lie nearest a centre is decided as if in float64: where float32 could
-// err, the lanes in question are done again in float64 (`Exact`).
+// get(i) gives value i of `count`, sorted, NaN last, as a V: a float or double, or a vector of
+// them. Sums are in V. Which values lie nearest a centre is decided as if in float64: where float32
+// could err, the lanes in question are done again in float64 (`Exact`).
 #pragma once
 
 #include "aggregate/sorting.h"
@@ -43,26 +43,32 @@ DASHPOT_HD_INLINE V nearest_mean(const Get& get, int count, int q, Nearer& neare
   V sum{};
   for (int r = 0; r < q; ++r) {
     V value = get(r);
-    for (int s = r; s + q < count; s += q) {
-      const V upper = get(s + q);
-      value = nearer(get(s), upper) ? upper : value;
-    }
+    for (int s = r; s + q < count; s += q) value = nearer.pick(get(s), get(s + q), value);
     sum += value;
   }
   return sum / static_cast<decltype(get.scalar)>(q);
 }
 
-// nearer(a, b), a <= b: whether b is strictly nearer the centre than a. In float64.
+// 1 where a < b, else 0. Comparisons stand in ?: only, and are joined as numbers: GCC would take
+// vectors of truth values lane by lane.
+template <class V>
+DASHPOT_HD_INLINE V below(V a, V b) {
+  return a < b ? V{} + 1 : V{};
+}
+
+// pick(a, b, value), a <= b: b if it is strictly nearer the centre than a, else value. In float64.
 template <class V>
 struct Exact {
   V center;
-  DASHPOT_HD_INLINE auto operator()(V a, V b) const {
-    return (0.5 * a + 0.5 * b < center) | ((b == center) & (a < center));
+  DASHPOT_HD_INLINE V pick(V a, V b, V value) const {
+    const V equal = b == center ? V{} + 1 : V{};  // the centre may be infinite
+    const V nearer = below(0.5 * a + 0.5 * b, center) + equal * below(a, center);
+    return V{} < nearer ? b : value;
   }
 };
 
 // The same in float32 where the centre is (m + n) / 2: a + b < m + n, both sums with their rounding
-// errors. Right for every centre whose double is finite.
+// errors, which decide if the sums are the same. Right for every centre whose double is finite.
 template <class V>
 struct AroundMedian {
   V sum, error;
@@ -72,10 +78,11 @@ struct AroundMedian {
     const V part = total - a;
     rest = (a - (total - part)) + (b - part);
   }
-  DASHPOT_HD_INLINE auto operator()(V a, V b) const {
+  DASHPOT_HD_INLINE V pick(V a, V b, V value) const {
     V total, rest;
     add(a, b, total, rest);
-    return (total < sum) | ((total == sum) & (rest < error));
+    const V nearer = below(total, sum) + below((total - sum) + (rest - error), V{});
+    return V{} < nearer ? b : value;
   }
 };
 
@@ -84,23 +91,39 @@ DASHPOT_HD_INLINE V size_of(V x) {
   return x < V{} ? -x : x;
 }
 
-// The same in float32 around a rounded mean of n values no larger than `largest`; `unsure` collects
-// the lanes in which a comparison lies within the rounding errors of both sides.
-template <class V, class Mask>
+// The same in float32 around a rounded mean of n values no larger than `largest`; `unsure` is
+// set in the lanes in which a comparison lies within the rounding errors of both sides.
+template <class V>
 struct AroundMean {
-  V twice, slack;
-  Mask unsure{};
+  V twice, slack, unsure{};
   DASHPOT_HD_INLINE AroundMean(V sum, V largest, int n)
       : twice(2.0f * sum / static_cast<float>(n)), slack(kRounding * (n + 4.0f) * largest) {}
   static constexpr float kRounding = 1.0f / (1 << 23);
-  DASHPOT_HD_INLINE auto operator()(V a, V b) {
+  DASHPOT_HD_INLINE V pick(V a, V b, V value) {
     const V gap = (a + b) - twice;
     V error = slack + kRounding * (size_of(a) + size_of(b));
-    error = error < 1e38f ? error : V{} + 1e38f;  // an infinite gap is beyond doubt
-    unsure |= size_of(gap) <= error;
-    return gap < 0.0f;
+    error = error < V{} + 1e38f ? error : V{} + 1e38f;  // an infinite gap is beyond doubt
+    unsure += size_of(gap) <= error ? V{} + 1 : V{};
+    return gap < V{} ? b : value;
   }
 };
+
+// meamed or phocas in float32; unsure is set where that may not suffice.
+template <class V, class Get>
+DASHPOT_HD_INLINE V fast_window(const Get& get, const RuleSet& set, Rule rule, V& unsure) {
+  const V largest = V{} + 3.40282347e38f;
+  const int count = set.count, f = set.f;
+  if (rule == Rule::kMeamed) {
+    AroundMedian<V> nearer(get((count - 1) / 2), get(count / 2));
+    unsure = size_of(nearer.sum) <= largest ? V{} : V{} + 1;
+    return nearest_mean<V>(get, count, count - f, nearer);
+  }
+  const V low = size_of(get(f)), high = size_of(get(count - f - 1));
+  AroundMean<V> nearer(core_sum<V>(get, count, f), low < high ? high : low, count - 2 * f);
+  const V mean = nearest_mean<V>(get, count, count - f, nearer);
+  unsure = nearer.unsure + (size_of(nearer.twice) <= largest ? V{} : V{} + 1);
+  return mean;
+}
 
 // nearest_mean in float64; around the median, or the mean of the values f .. count - f - 1.
 template <class V, class Get>
@@ -114,7 +137,7 @@ DASHPOT_HD_INLINE V exact_window(const Get& get, const RuleSet& set, Rule rule) 
   }
   Exact<V> nearer{center};
   const V mean = nearest_mean<V>(get, count, count - set.f, nearer);
-  return center == center ? mean : center;
+  return center == center ? mean : center;  // NaN
 }
 
 }  // namespace dashpot::aggregate

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "aggregate/center_solve.h"
+#include "aggregate/coordinate_rules.h"
 #include "aggregate/flag_solve.h"
 #include "aggregate/rows.h"
 
@@ -36,6 +37,15 @@ void sqdist_cuda(const Rows& rows, const bool* mask, bool norms, double* partial
 // out: S device pointers (n_s,); coeffs (p,) float64 on the device.
 void combine_cuda(const Rows& rows, const double* coeffs, const std::vector<void*>& out, int device,
                   void* stream);
+
+// out: (R, S) device pointers (n_s,); mask (p,) bool on the device or null. Takes p + kRules <=
+// kMaxWorkers.
+void coordinate_rules_cuda(const Rows& rows, const bool* mask, const RuleSet& set,
+                           const std::vector<void*>& out, int device, void* stream);
+
+// sqdist (p, p) float64, work (bulyan_work_size(p),), chosen (p,), all on the device.
+void bulyan_rows_cuda(const double* sqdist, int p, int f, double* work, bool* chosen, int device,
+                      void* stream);
 
 // Whether so many float64 numbers fit a block's shared memory. If not, a solve's `work` must be
 // given, in global memory; if so, it may be null.

@@ -59,10 +59,10 @@ DASHPOT_HD_INLINE constexpr Network sorting_network(int n) {
     }
   }
   // What four comparators along each axis of a 4-dimensional cube leave open.
-  constexpr int kRest[28][2] = {{5, 10}, {6, 9},   {3, 12}, {13, 14}, {4, 8},  {7, 11}, {1, 2},
-                                {1, 4},  {7, 13},  {2, 8},  {11, 14}, {2, 4},  {5, 6},  {9, 10},
-                                {11, 13}, {3, 8},  {7, 12}, {6, 8},   {10, 12}, {3, 5}, {7, 9},
-                                {3, 4},  {5, 6},   {7, 8},  {9, 10},  {11, 12}, {6, 7}, {8, 9}};
+  constexpr int kRest[28][2] = {{5, 10},  {6, 9},  {3, 12}, {13, 14}, {4, 8},   {7, 11}, {1, 2},
+                                {1, 4},   {7, 13}, {2, 8},  {11, 14}, {2, 4},   {5, 6},  {9, 10},
+                                {11, 13}, {3, 8},  {7, 12}, {6, 8},   {10, 12}, {3, 5},  {7, 9},
+                                {3, 4},   {5, 6},  {7, 8},  {9, 10},  {11, 12}, {6, 7},  {8, 9}};
   for (const auto& pair : kRest) {
     if (pair[1] < n) network.add(pair[0], pair[1]);
   }
@@ -91,9 +91,15 @@ DASHPOT_HD_INLINE void exchange(V& low, V& high) {
   low = smaller;
 }
 
+// Indices as template arguments: device code cannot read a host's constant.
+template <int i, int j, class V>
+DASHPOT_HD_INLINE void exchange_at(V* x) {
+  exchange(x[i], x[j]);
+}
+
 template <const Network& network, class V, size_t... k>
 DASHPOT_HD_INLINE void apply_network(V* x, std::index_sequence<k...>) {
-  (exchange(x[network.low[k]], x[network.high[k]]), ...);
+  (exchange_at<network.low[k], network.high[k]>(x), ...);
 }
 
 // x[0..n) in rising order.
@@ -104,8 +110,8 @@ DASHPOT_HD_INLINE void sort_registers(V* x) {
   }
 }
 
-// Two sorted blocks of kBlock values, `stride` apart each: the lower half of all to `low`, the upper
-// half to `high`, both sorted.
+// Two sorted blocks of kBlock values, `stride` apart each: the lower half of all to `low`, the
+// upper half to `high`, both sorted.
 template <class V>
 DASHPOT_HD_INLINE void merge_blocks(V* low, V* high, int stride) {
   V x[kBlock];
@@ -116,13 +122,13 @@ DASHPOT_HD_INLINE void merge_blocks(V* low, V* high, int stride) {
     x[i] = smaller;
     high[(kBlock - 1 - i) * stride] = larger;
   }
-  constexpr auto kAll = std::make_index_sequence<kBitonic.count>{};
-  apply_network<kBitonic>(x, kAll);
+  using All = std::make_index_sequence<kBitonic.count>;
+  apply_network<kBitonic>(x, All{});
   DASHPOT_UNROLL
   for (int i = 0; i < kBlock; ++i) low[i * stride] = x[i];
   DASHPOT_UNROLL
   for (int i = 0; i < kBlock; ++i) x[i] = high[i * stride];
-  apply_network<kBitonic>(x, kAll);
+  apply_network<kBitonic>(x, All{});
   DASHPOT_UNROLL
   for (int i = 0; i < kBlock; ++i) high[i * stride] = x[i];
 }

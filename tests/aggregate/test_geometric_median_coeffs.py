@@ -114,7 +114,7 @@ def test_errors():
             dashpot.geometric_median_coeffs(sqdist, **{option: value})
     with pytest.raises(ValueError, match=r"weights: expected \(2,\)"):
         dashpot.geometric_median_coeffs(sqdist, start="last", weights=torch.ones(3))
-    with pytest.raises(TypeError, match="weights: .*Tensor.*got list"):
+    with pytest.raises(TypeError, match=r"weights: .*Tensor.*got list"):
         dashpot.geometric_median_coeffs(sqdist, weights=[1, 1, 1])
     with pytest.raises(TypeError, match="n_iter: expected an int, got float"):
         dashpot.geometric_median_coeffs(sqdist, n_iter=3.0)

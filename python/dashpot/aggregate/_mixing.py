@@ -32,7 +32,8 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, stat: Tensor | None, statistic: str | None) -> Geometry:
-        """From what `Rule.measure` returned."""
+        """From what `Rule.measure` returned. Detached: torch.func does not heed no_grad."""
+        stat = None if stat is None else stat.detach()
         if statistic == "both":
             return cls(stat[0], stat[1])
         return cls(stat if statistic == "gram" else None, stat if statistic == "sqdist" else None)

@@ -46,6 +46,8 @@ class Rule:
 
     name: ClassVar[str] = ""
     needs: ClassVar[Statistic] = "sqdist"
+    options: ClassVar[tuple[str, ...]] = ()  # its own, and those without a default
+    required: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "pre", tuple(self.pre))
@@ -136,6 +138,7 @@ class Rule:
 
 
 RULES: dict[str, type[Rule]] = {}
+_COMMON = ("pre", "nonfinite")  # options of every rule
 
 
 def rule(name: str) -> Callable[[type[Rule]], type[Rule]]:
@@ -143,7 +146,10 @@ def rule(name: str) -> Callable[[type[Rule]], type[Rule]]:
 
     def enter(cls: type[Rule]) -> type[Rule]:
         cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        own = [field for field in dataclasses.fields(cls) if field.name not in _COMMON]
         cls.name = name
+        cls.options = tuple(field.name for field in own)
+        cls.required = tuple(f.name for f in own if f.default is dataclasses.MISSING)
         RULES[name] = cls
         return cls
 
@@ -154,12 +160,11 @@ def make_rule(name: str, *, pre: Sequence[Stage] = (), nonfinite: str = "drop", 
     """The rule of that name with its options, checked."""
     check_choice("rule", name, tuple(sorted(RULES)))
     cls = RULES[name]
-    fields = [field for field in dataclasses.fields(cls) if field.name not in ("pre", "nonfinite")]
-    known = [field.name for field in fields]
     for option in opts:
-        if option not in known:
+        if option not in cls.options:
+            known = ", ".join(cls.options) or "none"
             raise TypeError(f"{option}: rule {name!r} has the options {known}, not this one")
-    for field in fields:
-        if field.default is dataclasses.MISSING and field.name not in opts:
-            raise TypeError(f"{field.name}: rule {name!r} needs it")
+    for option in cls.required:
+        if option not in opts:
+            raise TypeError(f"{option}: rule {name!r} needs it")
     return cls(pre=pre, nonfinite=nonfinite, **opts)

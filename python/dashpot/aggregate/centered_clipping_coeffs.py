@@ -29,7 +29,7 @@ def _centered_clipping_coeffs_reference(sqdist: Tensor, tau: float, n_iter: int)
 
 def _centered_clipping_coeffs_inputs(size, dtype, device, seed):
     sqdist = random_sqdist(size, device, seed)
-    return sqdist, 0.5 * size[-1] ** 0.5, 3
+    return sqdist, 2.0, 3
 
 
 def _centered_clipping_coeffs_floor(sqdist, _tau, n_iter):

@@ -102,7 +102,7 @@ def _flag_coeffs_reference(
         t = norm / count
     else:  # rescaled: median length of the live workers, mean of the middle two if even
         ordered = norm.where(alive, torch.inf).sort().values
-        low, high = ((count - 1) // 2).long(), (count // 2).long()
+        low, high = ((count - 1) // 2).clamp(min=0).long(), (count // 2).long()
         t = (ordered.gather(0, low[None]) + ordered.gather(0, high[None])) / (2 * count) * alive
     c = inverse * (q @ (inverse_root * (proj @ t)))
     c = torch.where(count > 0, c, torch.nan)

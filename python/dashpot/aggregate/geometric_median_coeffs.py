@@ -20,6 +20,7 @@ from dashpot.aggregate._rows import (
 
 def usable_distances(sqdist: Tensor) -> tuple[Tensor, Tensor]:
     """D (q, q) with 0 for bad rows and on the diagonal, and which rows are not bad (q,)."""
+    sqdist = sqdist.detach()
     alive = torch.isfinite(sqdist.diagonal())
     usable = alive[:, None] & alive[None, :]
     usable = usable & ~torch.eye(sqdist.shape[0], dtype=torch.bool, device=sqdist.device)

@@ -39,7 +39,7 @@ def _mda_coeffs_reference(sqdist: Tensor, f: int) -> tuple[Tensor, Tensor]:
     least = worst.amin()
     # Of the equal ones the first: ranks fall along the list.
     first = torch.where(worst == least, torch.arange(len(subsets), 0, -1, device=sqdist.device), 0)
-    chosen = subsets[first.argmax()]  # (k,)
+    chosen = subsets.index_select(0, first.argmax()[None])[0]  # (k,)
     inside = (chosen[:, None] == torch.arange(p, device=sqdist.device)).any(0)  # (p,)
     c = inside.to(sqdist.dtype) / k
     found = torch.isfinite(least)

@@ -13,6 +13,7 @@ from dashpot.aggregate._rows import check_int, check_sqdist, random_sqdist
 def clean_distances(sqdist: Tensor) -> Tensor:
     """(p, p): inf where a row is bad (its diagonal entry is not finite) or a distance overflowed;
     the diagonal too, for a row is not its own neighbour."""
+    sqdist = sqdist.detach()
     alive = torch.isfinite(sqdist.diagonal())  # (p,)
     usable = alive[:, None] & alive[None, :] & torch.isfinite(sqdist)
     usable = usable & ~torch.eye(sqdist.shape[0], dtype=torch.bool, device=sqdist.device)
