@@ -5,13 +5,14 @@
     robust_fully_shard(model, "krum", f=1)                            FSDP2, after fully_shard
 
 The rows are not collected anywhere. Rank k receives slice k of every worker's row (all-to-all) and
-sums the rule's p x p statistic over that slice; the statistics are added (all-reduce of p x p
-float64); every rank solves the same tiny problem and applies the solution to its slice; the slices
-are gathered (all-gather; FSDP2 stops before). Bytes that a rank sends, for d numbers of s bytes:
+sums the rule's symmetric p x p statistic over that slice; the statistics are added (all-reduce of
+p (p+1)/2 float64); every rank solves the same tiny problem and applies the solution to its slice;
+the slices are gathered (all-gather; FSDP2 stops before). Bytes that a rank sends, for d numbers of
+s bytes:
 
-    all-to-all (p-1)/p ds + statistic 2 (p-1)/p 8 p^2 + all-gather (p-1)/p ds
+    all-to-all (p-1)/p ds + statistic (p-1)/p 8 p (p+1) + all-gather (p-1)/p ds
 
-which is what a ring all-reduce sends, 2 (p-1)/p ds, and 3.4 KB at p = 15 beside it. Every number of
+which is what a ring all-reduce sends, 2 (p-1)/p ds, and 1.8 KB at p = 15 beside it. Every number of
 the update is computed on one rank and copied to the others: all ranks hold the same bits.
 
 Each rank must call with the same rule and options. Work that is under way is finished in the order
@@ -132,7 +133,7 @@ class _Round:
         """This rank's slice (w,) of each update."""
         self.measure(len(self.sent))
         if self.statistic is not None:
-            dist.all_reduce(self.statistic, group=self.group)
+            _add_over_ranks(self.statistic, self.group)
         solution = self.rule.solve(self.statistic, dist.get_world_size(self.group))
         return [s.rule.apply(s.rows, as_rows(s.rows), solution) for s in self.sent]
 
@@ -143,6 +144,17 @@ class _Round:
     def complete(self) -> None:
         for slices in self.sent:
             slices.complete()
+
+
+def _add_over_ranks(statistic: Tensor, group) -> None:
+    """All-reduce symmetric matrices (..., q, q) in place, by their upper triangles. The engine adds
+    different entries in different orders: two halves would differ in the last bit, and a rule that
+    breaks ties (of two rows that are each other's nearest) would no longer see one."""
+    i, j = torch.triu_indices(*statistic.shape[-2:], device=statistic.device)
+    upper = statistic[..., i, j]  # (..., q (q + 1) / 2)
+    dist.all_reduce(upper, group=group)
+    statistic[..., i, j] = upper
+    statistic[..., j, i] = upper
 
 
 # --------------------------------------------------------------------------------------------
@@ -217,7 +229,8 @@ def robust_all_reduce(
             every rank.
         group: the process group; None: the default one. Its ranks are the p workers.
         async_op: return a `RobustWork` at once, with the all-to-all under way; its ``wait()`` does
-            the rest. Several may be under way; they are waited for in the order they began.
+            the rest. Several may be under way; they are waited for in the order they began, and
+            what was given must not be written to before.
         check: compare shapes, dtypes and rule with the other ranks first: one all-gather of one
             integer, read by the host. Without it, ranks that differ hang or mix their numbers up.
         options: of the rule, as in `robust_aggregate`.
@@ -242,6 +255,8 @@ def robust_all_reduce(
     for i, tensor in enumerate(tensors):
         check_tensor(tensor, f"flat[{i}]" if is_list else "flat")
     made = _made(rule, options, centered=True)
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: expected one that this rank belongs to")
     if check:
         _check_alike(tensors, made, group)
     work = RobustWork(tensors, made, group, is_list)

@@ -79,7 +79,7 @@ class RobustStrategy(FedAvg):
                 f"got {type(rule).__name__} and {rule_options}"
             )
         self.rule: Rule = rule.rule
-        if weighted and not hasattr(self.rule, "weights"):
+        if weighted and "weights" not in self.rule.options:
             raise ValueError(f"weighted: expected a rule with weights, got {self.rule}")
         self.weighted = weighted
         self._arrays: ArrayRecord | None = None

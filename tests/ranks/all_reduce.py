@@ -27,6 +27,21 @@ def every_rule_under_every_attack(rank, p):
 
 
 @check("all_reduce")
+def ties_stay_ties(rank, p):
+    """Bulyan's last choices are between rows that are each other's nearest. What the ranks add must
+    stay symmetric to the last bit; some draws, since not every one rounds so."""
+    for seed in range(6):
+        rows = attacked(p, 1000, "sign flip", seed)
+        update = robust_all_reduce(rows[rank], "bulyan", f=1)
+        close(update, dashpot.robust_aggregate(rows, "bulyan", f=1))
+    statistic = torch.rand(p, p, dtype=torch.float64)
+    statistic = statistic + statistic.mT  # drawn by each rank for itself
+    dashpot.distributed._add_over_ranks(statistic, None)
+    assert torch.equal(statistic, statistic.mT)
+    same_on_all_ranks(statistic)
+
+
+@check("all_reduce")
 def lengths_that_do_not_divide(rank, p):
     """Fewer numbers than ranks: some have nothing to do."""
     for d in (0, 1, 6, 7, 8, 100):
@@ -118,6 +133,9 @@ def part_of_the_ranks(rank, p):
         update = robust_all_reduce(rows[members.index(rank)], "krum", group, f=1)
         close(update, dashpot.robust_aggregate(rows, "krum", f=1))
         same_on_all_ranks(update, group)
+    else:
+        with pytest.raises(ValueError, match="group: expected one that this rank belongs to"):
+            robust_all_reduce(torch.ones(3), "flag", group)
 
 
 @check("all_reduce")
@@ -143,7 +161,7 @@ def bytes_are_those_of_a_ring_all_reduce(rank, p):
     robust_all_reduce(honest_rows(p, d)[rank].float(), "flag", check=False)
     dist.all_to_all_single, dist.all_reduce, dashpot.distributed._all_gather = real
     ring = 2 * (p - 1) * d * 4 // p
-    assert sent == [ring // 2, 2 * (p - 1) * 8 * p, ring // 2], sent
+    assert sent == [ring // 2, (p - 1) * 8 * (p + 1), ring // 2], sent
 
 
 @check("all_reduce")

@@ -22,6 +22,7 @@ RULES = {
     "geometric_median": ("geometric_median", {}, 1),
     "centered_clipping": ("centered_clipping", {"tau": 1.0, "n_iter": 3}, 1),
     "nnm": ("geometric_median", {"pre": [NNM(1)]}, 3),
+    "nnm-trimmed": ("trimmed_mean", {"f": 1, "pre": [NNM(1)]}, 3),
     "krum": ("krum", {"f": 1}, 5),
     "multi_krum": ("multi_krum", {"f": 1}, 5),
     "mda": ("mda", {"f": 1}, 3),
