@@ -84,6 +84,8 @@ def table(rows: Sequence[dict]) -> str:
     """
     if rows[0]["op"] == "dispatch":
         return dispatch_table(rows)
+    if "cell" in rows[0]:
+        return cell_table(rows)
     groups: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         key = (row["device_name"], *_case(row))
@@ -142,16 +144,38 @@ def dispatch_table(rows: Sequence[dict]) -> str:
     )  # fmt: skip
 
 
+def cell_table(rows: Sequence[dict]) -> str:
+    """Results of bench/models: a line per `line`, a column per `column`, the text `cell`."""
+    cells = {(row["line"], row["column"]): row["cell"] for row in rows}
+    if len(cells) != len(rows):
+        raise ValueError("bench: expected one row per line and column, got several: choose by keys")
+    lines, columns = (list(dict.fromkeys(key)) for key in zip(*cells, strict=True))
+    return markdown(
+        [rows[0].get("corner", ""), *columns],
+        [[line, *(cells.get((line, column), "") for column in columns)] for line in lines],
+    )
+
+
 def tables(rows: Sequence[dict]) -> str:
     """Every op's table under its name and machine."""
     parts = []
     for name in dict.fromkeys(row["op"] for row in rows):
         chosen = [row for row in rows if row["op"] == name]
         machines = dict.fromkeys(f"{row['device_name']}, torch {row['torch']}" for row in chosen)
-        passes = " and ".join(dict.fromkeys(row.get("passes", "") for row in chosen))
-        heading = f"### {name}" + f", {passes}" * bool(passes)
-        parts.append(f"{heading}\n\n{'; '.join(machines)}\n\n{table(chosen)}")
+        for part in _sections(chosen):
+            passes = " and ".join(dict.fromkeys(row.get("passes", "") for row in part))
+            heading = " ".join((f"### {name}", *part[0].get("section", ())))
+            heading += f", {passes}" * bool(passes)
+            parts.append(f"{heading}\n\n{'; '.join(machines)}\n\n{table(part)}")
     return "\n".join(parts)
+
+
+def _sections(rows: Sequence[dict]) -> list[list[dict]]:
+    """Rows of bench/models by their `section`, "key=value" texts; others as they are."""
+    parts: dict[tuple, list[dict]] = {}
+    for row in rows:
+        parts.setdefault(tuple(row.get("section", ())), []).append(row)
+    return list(parts.values())
 
 
 # --------------------------------------------------------------------------------------------

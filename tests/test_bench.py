@@ -310,6 +310,24 @@ def test_dispatch_table(report):
     assert line == "| Op.__call__ | no | 1.50 us | 2.75 us | 1.25 us | 2 us |"
 
 
+def test_table_of_ready_cells(report):
+    """bench/models: a line and a column for each; several rows for one place are an error."""
+    rows = [
+        {"op": "model", "corner": "rule", "line": line, "column": column, "cell": f"{line}{column}",
+         "shows": shows, "section": [f"shows={shows}"], "options": {}, "device_name": "a CPU",
+         "torch": "2.13.0"}
+        for shows in ("error", "cosine") for line in "ab" for column in "xy"
+    ]  # fmt: skip
+    assert report.table(rows[:3]).splitlines() == [
+        "| rule | x | y |", "| --- | --- | --- |", "| a | ax | ay |", "| b | bx |  |",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="expected one row per line and column, got several"):
+        report.table(rows)
+    assert "### model shows=error\n\na CPU" in report.tables(rows)
+    text = report.update("<!-- bench:model shows=cosine column=y -->\n<!-- /bench -->", rows)
+    assert "| b | by |" in text and "bx" not in text
+
+
 def test_update(report):
     text = (
         "before\n<!-- bench:flag_aggregate threads=2 -->\nold\n<!-- /bench -->\nbetween\n"
