@@ -1,5 +1,5 @@
-"""bulyan: two reads and one write, against plain PyTorch in the form of the published code: distances
-by torch.cdist, Krum in a loop, then sort, distances to the median and top-k."""
+"""bulyan: two reads and one write, against plain PyTorch in the form of the published code:
+distances by torch.cdist, Krum in a loop, then sort, distances to the median and top-k."""
 
 import torch
 from dashpot._measure import Peer
