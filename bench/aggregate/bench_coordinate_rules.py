@@ -1,5 +1,5 @@
-"""coordinate_rules: median and trimmed mean of each coordinate in one read, against what a good user
-writes: one sort along the workers, and both from it. byzfl's two calls sort twice."""
+"""coordinate_rules: median and trimmed mean of each coordinate in one read, against what a good
+user writes: one sort along the workers, and both from it. byzfl's two calls sort twice."""
 
 import torch
 from dashpot._measure import Peer

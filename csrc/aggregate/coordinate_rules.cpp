@@ -29,7 +29,7 @@ namespace {
 
 inline constexpr int64_t kChunk = 4096;
 inline constexpr int kRun = 16;               // vectors between two looks for NaN, at most
-inline constexpr int64_t kTileBytes = 32768;  // of more than kBlock rows
+inline constexpr int64_t kTileBytes = 32768;  // of more than kSortBlock rows
 
 template <class T>
 using Key = std::conditional_t<sizeof(T) == 8, int64_t,
@@ -182,13 +182,13 @@ struct ApplyRules {
 };
 
 // Sorts `vectors` vectors of coordinates, the first at rows[.][at], and applies the rules to each.
-// P: count rounded up (to an even number, for kSafe to kBlock); tile is (P, lanes). Or 0 for more
-// than kBlock rows: then kBlock of them pass at a time (streams that a prefetcher can follow), for
-// all the vectors; tile is (vectors, count in whole blocks, lanes). unclean: whether there was a
-// value that kSafe is needed for.
+// P: count rounded up (to an even number, for kSafe to kSortBlock); tile is (P, lanes). Or 0 for
+// more than kSortBlock rows: then kSortBlock of them pass at a time (streams that a prefetcher can
+// follow), for all the vectors; tile is (vectors, count in whole blocks, lanes). unclean: whether
+// there was a value that kSafe is needed for.
 template <class T, int P, bool kSafe>
 struct SortAndApply {
-  static constexpr int kHeld = P ? P : kBlock;
+  static constexpr int kHeld = P ? P : kSortBlock;
   static constexpr int kSure = kSafe ? 0 : P - 1;  // rows that need no test
 
   template <Isa isa>
@@ -206,17 +206,18 @@ struct SortAndApply {
         run_as<ApplyRules<T>, isa>(static_cast<const T*>(tile), set, outs, at);
       }
     } else {
-      const int blocks = (count + kBlock - 1) / kBlock;
+      const int blocks = (count + kSortBlock - 1) / kSortBlock;
       for (int b = 0; b < blocks; ++b) {
         for (int v = 0; v < vectors; ++v) {
-          sort_block(sort, rows + b * kBlock, count - b * kBlock, at + v * kStep,
-                     to + (v * blocks + b) * kBlock);
+          sort_block(sort, rows + b * kSortBlock, count - b * kSortBlock, at + v * kStep,
+                     to + (v * blocks + b) * kSortBlock);
         }
       }
       for (int v = 0; v < vectors; ++v, at += kStep) {
-        V* const one = to + v * blocks * kBlock;
-        merge_exchange(blocks,
-                       [&](int i, int j) { merge_blocks(one + i * kBlock, one + j * kBlock, 1); });
+        V* const one = to + v * blocks * kSortBlock;
+        merge_exchange(blocks, [&](int i, int j) {
+          merge_blocks(one + i * kSortBlock, one + j * kSortBlock, 1);
+        });
         for (int i = 0; i < count; ++i) one[i] = Sort::written(one[i]);
         run_as<ApplyRules<T>, isa>(reinterpret_cast<const T*>(one), set, outs, at);
       }
@@ -253,7 +254,7 @@ void sort_and_apply(const T* const* rows, const RuleSet* set, int64_t at, int ve
 template <class T, size_t... k>
 Function<T> function_for(int count, std::index_sequence<k...>) {
   static constexpr Function<T> kFew[] = {&sort_and_apply<T, 2 * (k + 1), false>...};
-  return count > kBlock ? &sort_and_apply<T, 0, false> : kFew[(count - 1) / 2];
+  return count > kSortBlock ? &sort_and_apply<T, 0, false> : kFew[(count - 1) / 2];
 }
 
 // A call's rules, and how they are run; what chunks share.
@@ -267,15 +268,16 @@ struct Pass {
   Function<T> fast, safe;
 
   explicit Pass(const RuleSet& rules) : set(rules) {
-    stride = (set.count + kBlock - 1) / kBlock * kBlock;
+    stride = (set.count + kSortBlock - 1) / kSortBlock * kSortBlock;
     lanes = vector_bytes(isa()) / static_cast<int>(sizeof(T));
     run = kRun;
-    if (set.count > kBlock) {
+    if (set.count > kSortBlock) {
       const int64_t bytes = int64_t{stride} * vector_bytes(isa());
       run = tiles = static_cast<int>(std::clamp<int64_t>(kTileBytes / bytes, 1, kRun));
     }
-    fast = function_for<T>(set.count, std::make_index_sequence<kBlock / 2>{});
-    safe = set.count > kBlock ? &sort_and_apply<T, 0, true> : &sort_and_apply<T, kBlock, true>;
+    fast = function_for<T>(set.count, std::make_index_sequence<kSortBlock / 2>{});
+    safe =
+        set.count > kSortBlock ? &sort_and_apply<T, 0, true> : &sort_and_apply<T, kSortBlock, true>;
   }
 
   void vectors(const T* const* rows, int64_t at, int count, T* tile, T* const* outs) const {

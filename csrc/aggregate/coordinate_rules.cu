@@ -1,11 +1,12 @@
 // coordinate_rules: rows (p, d), of which `count` take part -> R updates (d,), one streaming pass.
 //
 // A thread owns one coordinate; neighbouring threads read neighbouring elements of each row. Values
-// become integers of the same order (NaN the largest), are sorted in registers up to kBlock of
+// become integers of the same order (NaN the largest), are sorted in registers up to kSortBlock of
 // them, and lie in shared memory from there: a column per thread, so that the rules may index it
-// and no two threads of a warp meet in a bank. More than kBlock values are blocks of kBlock, sorted
-// in registers and merged there two by two (sorting.h); shared memory bounds how many workers and
-// threads a block has. A table's pointers are the p rows of a segment and its R outputs.
+// and no two threads of a warp meet in a bank. More than kSortBlock values are blocks of
+// kSortBlock, sorted in registers and merged there two by two (sorting.h); shared memory bounds how
+// many workers and threads a block has. A table's pointers are the p rows of a segment and its R
+// outputs.
 #include "aggregate/cuda.h"
 #include "aggregate/rows.cuh"
 
@@ -74,14 +75,14 @@ __device__ typename Element<T>::Value apply_rule(const typename Element<T>::Key*
   return static_cast<Value>(exact_window<double>(wide, set, rule));
 }
 
-// P: values held in registers, count <= P; or 0 for more than kBlock.
+// P: values held in registers, count <= P; or 0 for more than kSortBlock.
 template <class T, int P>
-__global__ void __launch_bounds__(P ? kThreads : 64)
+__global__ void __launch_bounds__(P ? kThreads : 64, 1)
     coordinate_rules_kernel(const __grid_constant__ Table table, const bool* mask,
                             const __grid_constant__ RuleSet set, int64_t chunks) {
   using Key = typename Element<T>::Key;
   using Value = typename Element<T>::Value;
-  constexpr int kHeld = P ? P : kBlock;
+  constexpr int kHeld = P ? P : kSortBlock;
   DASHPOT_DYNAMIC_SHARED(Key, shared);  // (count in whole kHeld, threads)
   __shared__ int live[kMaxWorkers];     // the rows that take part
   __shared__ int total;
@@ -114,8 +115,8 @@ __global__ void __launch_bounds__(P ? kThreads : 64)
       for (int i = 0; i < kHeld; ++i) keys[(first + i) * stride] = x[i];
     }
     if constexpr (P == 0) {
-      merge_exchange((count + kBlock - 1) / kBlock, [=](int i, int j) {
-        merge_blocks(keys + i * kBlock * stride, keys + j * kBlock * stride, stride);
+      merge_exchange((count + kSortBlock - 1) / kSortBlock, [=](int i, int j) {
+        merge_blocks(keys + i * kSortBlock * stride, keys + j * kSortBlock * stride, stride);
       });
     }
   }
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(P ? kThreads : 64)
 
 template <class T, int P>
 void run(const Rows& tables, const bool* mask, const RuleSet& set, cudaStream_t stream) {
-  constexpr int kHeld = P ? P : kBlock;
+  constexpr int kHeld = P ? P : kSortBlock;
   const int held = (set.count + kHeld - 1) / kHeld * kHeld;
   const int64_t column = held * static_cast<int64_t>(sizeof(typename Element<T>::Key));
   const int threads = P ? kThreads : column <= 512 ? 64 : 32;
@@ -158,8 +159,8 @@ void coordinate_rules_cuda(const Rows& rows, const bool* mask, const RuleSet& se
       run<T, 4>(tables, mask, set, on);
     } else if (set.count <= 8) {
       run<T, 8>(tables, mask, set, on);
-    } else if (set.count <= kBlock) {
-      run<T, kBlock>(tables, mask, set, on);
+    } else if (set.count <= kSortBlock) {
+      run<T, kSortBlock>(tables, mask, set, on);
     } else {
       run<T, 0>(tables, mask, set, on);
     }

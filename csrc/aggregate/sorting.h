@@ -22,7 +22,7 @@
 
 namespace dashpot::aggregate {
 
-inline constexpr int kBlock = 16;  // values sorted in registers
+inline constexpr int kSortBlock = 16;  // values sorted in registers
 
 struct Network {
   int count = 0;
@@ -53,7 +53,7 @@ DASHPOT_HD_INLINE constexpr Network sorting_network(int n) {
     merge_exchange(n, [&](int i, int j) { network.add(i, j); });
     return network;
   }
-  for (int bit = 1; bit < kBlock; bit *= 2) {
+  for (int bit = 1; bit < kSortBlock; bit *= 2) {
     for (int i = 0; i < n; ++i) {
       if (!(i & bit) && (i | bit) < n) network.add(i, i | bit);
     }
@@ -69,11 +69,11 @@ DASHPOT_HD_INLINE constexpr Network sorting_network(int n) {
   return network;
 }
 
-// Sorts kBlock values that rise and then fall.
+// Sorts kSortBlock values that rise and then fall.
 DASHPOT_HD_INLINE constexpr Network bitonic_network() {
   Network network;
-  for (int step = kBlock / 2; step >= 1; step /= 2) {
-    for (int i = 0; i < kBlock; ++i) {
+  for (int step = kSortBlock / 2; step >= 1; step /= 2) {
+    for (int i = 0; i < kSortBlock; ++i) {
       if (!(i & step)) network.add(i, i + step);
     }
   }
@@ -110,27 +110,27 @@ DASHPOT_HD_INLINE void sort_registers(V* x) {
   }
 }
 
-// Two sorted blocks of kBlock values, `stride` apart each: the lower half of all to `low`, the
+// Two sorted blocks of kSortBlock values, `stride` apart each: the lower half of all to `low`, the
 // upper half to `high`, both sorted.
 template <class V>
 DASHPOT_HD_INLINE void merge_blocks(V* low, V* high, int stride) {
-  V x[kBlock];
+  V x[kSortBlock];
   DASHPOT_UNROLL
-  for (int i = 0; i < kBlock; ++i) {
-    V smaller = low[i * stride], larger = high[(kBlock - 1 - i) * stride];
+  for (int i = 0; i < kSortBlock; ++i) {
+    V smaller = low[i * stride], larger = high[(kSortBlock - 1 - i) * stride];
     exchange(smaller, larger);
     x[i] = smaller;
-    high[(kBlock - 1 - i) * stride] = larger;
+    high[(kSortBlock - 1 - i) * stride] = larger;
   }
   using All = std::make_index_sequence<kBitonic.count>;
   apply_network<kBitonic>(x, All{});
   DASHPOT_UNROLL
-  for (int i = 0; i < kBlock; ++i) low[i * stride] = x[i];
+  for (int i = 0; i < kSortBlock; ++i) low[i * stride] = x[i];
   DASHPOT_UNROLL
-  for (int i = 0; i < kBlock; ++i) x[i] = high[i * stride];
+  for (int i = 0; i < kSortBlock; ++i) x[i] = high[i * stride];
   apply_network<kBitonic>(x, All{});
   DASHPOT_UNROLL
-  for (int i = 0; i < kBlock; ++i) high[i * stride] = x[i];
+  for (int i = 0; i < kSortBlock; ++i) high[i * stride] = x[i];
 }
 
 }  // namespace dashpot::aggregate

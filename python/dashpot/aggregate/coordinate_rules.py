@@ -153,11 +153,11 @@ def _coordinate_rules_inputs(size, dtype, device, seed):
 
 
 def _coordinate_rules_floor(grads, _mask, p, count, _f, rules):
-    """One read of the rows that take part, one write per rule; a comparison (a minimum and a
+    """One read of the rows that take part and of which they are, one write per rule; a comparison (a minimum and a
     maximum) for each of the log2(count!) bits that sorting needs."""
     row = bytes_of(grads) // p
     bits = sum(torch.log2(torch.arange(1, count + 1).double())).item()
-    return (count + len(rules)) * row, int(2 * bits) * coordinates(grads, p)
+    return (count + len(rules)) * row + p, int(2 * bits) * coordinates(grads, p)
 
 
 COORDINATE_RULES = declare(
