@@ -55,7 +55,7 @@ def _focal_frequency_loss_reference(
         elif weight is None:
             w = _focal_weights(power, alpha, log_matrix, batch_matrix)
         else:
-            w = weight
+            w = weight.detach()
         weighted = w * power
         return [weighted.mean((1, 3, 4)) if reduction == "none" else weighted.mean()]
 

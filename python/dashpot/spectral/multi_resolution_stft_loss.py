@@ -76,7 +76,7 @@ def _multi_resolution_stft_loss_reference(
         found = []
         for r, (n_fft, hop, length) in enumerate(zip(n_ffts, hops, win_lengths, strict=True)):
             if windows:
-                window = windows[r].to(x.dtype)
+                window = windows[r].detach().to(x.dtype)
             else:
                 window = torch.hann_window(length, dtype=x.dtype, device=x.device)
             m_x, m_y = (_magnitudes(s, window, n_fft, hop, power_floor) for s in (x, y))

@@ -36,7 +36,7 @@ def _bin_weights(n: int, onesided: bool, weight: Tensor | None, like: Tensor) ->
     twice = (k > 0) & (2 * k != n)
     h = torch.where(twice, 1.0 if onesided else 2.0, 1.0).to(like.dtype)
     h = h / (n // 2 + 1 if onesided else n)
-    return h if weight is None else h * weight
+    return h if weight is None else h * weight.detach()
 
 
 def _levels(spectrum: Tensor, kind: str, batch_mean: bool, eps: float) -> Tensor:
