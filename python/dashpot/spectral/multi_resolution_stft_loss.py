@@ -64,12 +64,18 @@ def _resolution_terms(
     return terms
 
 
+def loss_of(terms: Tensor, weights: list[float]) -> Tensor:
+    """Terms (R, 3) or (R, 3, E) -> () or (E,)."""
+    return sum(w * terms[:, i] for i, w in enumerate(weights)).mean(0)
+
+
 def _multi_resolution_stft_loss_reference(
     input: Tensor, target: Tensor, windows: list[Tensor], channels: int, n_ffts: list[int],
     hops: list[int], win_lengths: list[int], weights: list[float], power_floor: float,
     mag_distance: str, sc_reduction: str, reduction: str, split: bool, wants: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Mean over resolutions of w_sc |m_y - m_x|/|m_y| + w_log |log m_x - log m_y| + w_lin |...|."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Mean over resolutions of w_sc |m_y - m_x|/|m_y| + w_log |log m_x - log m_y| + w_lin |...|;
+    with split the three terms of each resolution instead, (R, 3) or (R, 3, E)."""
 
     def terms_of(input: Tensor, target: Tensor) -> Tensor:
         x, y = wide(input), wide(target)  # (rows, T), rows = E * channels
@@ -88,28 +94,22 @@ def _multi_resolution_stft_loss_reference(
         terms = torch.stack(found).reshape(len(n_ffts), TERMS, -1)  # (R, 3, E)
         return terms if reduction == "none" else terms.mean(2)  # (R, 3)
 
-    def loss_of(terms: Tensor) -> Tensor:
-        total = sum(w * terms[:, i] for i, w in enumerate(weights) if w)  # (R,) or (R, E)
-        return total.mean(0) if any(weights) else terms[:, 0].mean(0)
-
-    def loss(input: Tensor, target: Tensor) -> list[Tensor]:
-        terms = terms_of(input, target)
-        return [loss_of(terms), terms]
-
     if not split:
-        outs, slopes = with_slopes(loss, (input, target), wants)
-        return outs[0], outs[1].detach(), slopes[0], slopes[1]
-    outs = loss(input, target)
+
+        def loss(input: Tensor, target: Tensor) -> list[Tensor]:
+            return [loss_of(terms_of(input, target), weights)]
+
+        (out,), slopes = with_slopes(loss, (input, target), wants)
+        return out, *slopes
     slopes = [[], []]
-    for term in range(outs[1].shape[0] * TERMS):
+    for term in range(len(n_ffts) * TERMS):
 
         def one(input, target, term=term):
             return [terms_of(input, target).flatten(0, 1)[term]]
 
-        _, found = with_slopes(one, (input, target), wants)
-        for side, slope in zip(slopes, found, strict=True):
+        for side, slope in zip(slopes, with_slopes(one, (input, target), wants)[1], strict=True):
             side.append(slope)
-    return *outs, *(torch.stack(s) if s[0].numel() else s[0] for s in slopes)
+    return terms_of(input, target), *(torch.stack(s) if s[0].numel() else s[0] for s in slopes)
 
 
 def _multi_resolution_stft_loss_fake(
@@ -120,32 +120,22 @@ def _multi_resolution_stft_loss_fake(
     each = (input.shape[0] // channels,) if reduction == "none" else ()
     full = (count * TERMS, *input.shape) if split else input.shape
     return (
-        input.new_empty(each, dtype=dtype),
-        input.new_empty((count, TERMS, *each), dtype=dtype),
+        input.new_empty((count, TERMS, *each) if split else each, dtype=dtype),
         input.new_empty(full if wants[0] else (0,), dtype=dtype),
         input.new_empty(full if wants[1] else (0,), dtype=dtype),
     )
 
 
 def _multi_resolution_stft_loss_backward(
-    grad_loss, grad_terms, input, target, windows, channels, n_ffts, hops, win_lengths, weights,
-    power_floor, mag_distance, sc_reduction, reduction, split, wants, slope_input, slope_target,
-    needs_grad,
+    grad_loss, input, target, windows, channels, n_ffts, hops, win_lengths, weights, power_floor,
+    mag_distance, sc_reduction, reduction, split, wants, slope_input, slope_target, needs_grad,
 ):  # fmt: skip
     """dx = dL * slope; split: the sum over terms of their derivative times their slope."""
-
-    def per_row(grad: Tensor) -> Tensor:
-        """(..., E) or (...) -> broadcast against (..., rows, T)."""
-        if reduction == "none":
-            return grad.repeat_interleave(channels, -1)[..., None]
-        return grad[..., None, None] if split else grad
-
-    if split:
-        share = grad_loss.new_tensor(weights) / len(n_ffts)  # (3,)
-        grad = grad_terms + share.reshape(1, TERMS, *[1] * grad_loss.dim()) * grad_loss
-        scale = per_row(grad.flatten(0, 1))  # (R * 3, rows or 1, 1)
-    else:
-        scale = per_row(grad_loss)
+    scale = grad_loss.flatten(0, 1) if split else grad_loss  # (), (E,), (3 R,) or (3 R, E)
+    if reduction == "none":
+        scale = scale.repeat_interleave(channels, -1)[..., None]  # (..., rows, 1)
+    elif split:
+        scale = scale[:, None, None]
 
     def gradient(slope: Tensor) -> Tensor:
         grad = scale * slope
@@ -175,20 +165,22 @@ RESOLUTIONS = {  # n_ffts, hop_lengths, win_lengths
     "one": ((20,), (7,), (15,)),
     "prime": ((14, 9), (5, 3), (14, 4)),
 }
-VARIANTS = {  # resolutions, weights, distance, sc_reduction, reduction, channels, own windows
-    "default": ("default", [1.0, 1.0, 0.0], "l1", "batch", "mean", 1, False),
-    "small": ("small", [1.0, 1.0, 0.0], "l1", "batch", "mean", 1, False),
-    "all terms": ("small", [0.5, 2.0, 1.5], "l2", "example", "mean", 2, True),
-    "each": ("one", [1.0, 1.0, 0.5], "l1", "example", "none", 2, False),
-    "sum": ("small", [1.0, 0.0, 0.5], "l1", "batch", "sum", 1, True),
-    "log": ("one", [0.0, 1.0, 0.0], "l1", "batch", "mean", 1, False),
-    "prime": ("prime", [1.0, 1.0, 1.0], "l1", "batch", "mean", 1, False),
+VARIANTS = {  # resolutions, weights, distance, sc_reduction, reduction, channels, own windows, split
+    "default": ("default", [1.0, 1.0, 0.0], "l1", "batch", "mean", 1, False, False),
+    "small": ("small", [1.0, 1.0, 0.0], "l1", "batch", "mean", 1, False, False),
+    "l2": ("small", [0.5, 2.0, 1.5], "l2", "example", "mean", 2, True, False),
+    "each": ("one", [1.0, 1.0, 0.5], "l1", "example", "none", 2, False, False),
+    "each term": ("small", [1.0, 1.0, 0.5], "l1", "example", "none", 2, False, True),
+    "sum": ("small", [1.0, 0.0, 0.5], "l1", "batch", "sum", 1, True, False),
+    "terms": ("small", [1.0, 1.0, 0.0], "l2", "batch", "mean", 1, True, True),
+    "log": ("one", [0.0, 1.0, 0.0], "l1", "batch", "mean", 1, False, False),
+    "prime": ("prime", [1.0, 1.0, 1.0], "l1", "batch", "mean", 1, False, False),
 }
 
 
 def _multi_resolution_stft_loss_inputs(size, dtype, device, seed):
     variant, rows, t = size
-    name, weights, distance, sc_reduction, reduction, channels, own = VARIANTS[variant]
+    name, weights, distance, sc_reduction, reduction, channels, own, split = VARIANTS[variant]
     n_ffts, hops, lengths = RESOLUTIONS[name]
     input, target = random_signals((rows, t), dtype, device, seed)
     windows = []
@@ -196,7 +188,7 @@ def _multi_resolution_stft_loss_inputs(size, dtype, device, seed):
         windows = [0.2 + torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in lengths]
         windows = [w.to(device, work_dtype(dtype)) for w in windows]
     return (input, target, windows, channels, list(n_ffts), list(hops), list(lengths), weights,
-            1e-8, distance, sc_reduction, reduction, False, [True, True])  # fmt: skip
+            1e-8, distance, sc_reduction, reduction, split, [True, True])  # fmt: skip
 
 
 def _multi_resolution_stft_loss_floor(
@@ -217,21 +209,20 @@ _ARGUMENTS = (
 
 MULTI_RESOLUTION_STFT_LOSS = declare(
     "multi_resolution_stft_loss",
-    forward=f"({_ARGUMENTS})"
-    " -> (Tensor loss, Tensor terms, Tensor slope_input, Tensor slope_target)",
-    backward=f"(Tensor grad_loss, Tensor grad_terms, {_ARGUMENTS}, Tensor slope_input,"
-    " Tensor slope_target, bool[] needs_grad) -> (Tensor grad_input, Tensor grad_target)",
+    forward=f"({_ARGUMENTS}) -> (Tensor loss, Tensor slope_input, Tensor slope_target)",
+    backward=f"(Tensor grad_loss, {_ARGUMENTS}, Tensor slope_input, Tensor slope_target,"
+    " bool[] needs_grad) -> (Tensor grad_input, Tensor grad_target)",
     reference=_multi_resolution_stft_loss_reference,
     reference_backward=_multi_resolution_stft_loss_backward,
     fake=_multi_resolution_stft_loss_fake,
-    public=2,
+    public=1,
     inputs=_multi_resolution_stft_loss_inputs,
     floor=_multi_resolution_stft_loss_floor,
     sizes={
         # fewer and more frames than a group, more frames than a segment, a last frame cut short,
         # own windows, channels, each reduction, a length no kernel has
-        "test": [("small", 2, 40), ("all terms", 4, 33), ("each", 4, 150), ("sum", 3, 64),
-                 ("log", 1, 120), ("prime", 2, 31), ("small", 1, 3000), ("default", 2, 2400)],
+        "test": [("small", 2, 40), ("l2", 4, 33), ("each", 4, 150), ("sum", 3, 64), ("log", 1, 120),
+                 ("terms", 2, 50), ("each term", 4, 70), ("prime", 2, 31), ("small", 1, 3000), ("default", 2, 2400)],
         "bench": [("default", 4, 65536), ("default", 16, 65536)],
     },
 )  # fmt: skip
@@ -341,8 +332,8 @@ def multi_resolution_stft_loss(
         input, target, windows or (), sizes, names, [w_sc, w_log, w_lin], power_floor,
         mag_distance, sc_reduction, reduction, return_terms,
     )  # fmt: skip
-    loss, terms = MULTI_RESOLUTION_STFT_LOSS(*arguments)
-    return (loss, *terms.unbind(1)) if return_terms else loss
+    out = MULTI_RESOLUTION_STFT_LOSS(*arguments)
+    return (loss_of(out, [w_sc, w_log, w_lin]), *out.unbind(1)) if return_terms else out
 
 
 def module_options(

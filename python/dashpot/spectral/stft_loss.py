@@ -14,6 +14,7 @@ from dashpot.spectral._spectra import random_signals, transform_flops
 from dashpot.spectral.multi_resolution_stft_loss import (
     MULTI_RESOLUTION_STFT_LOSS,
     check_stft,
+    loss_of,
     module_options,
     named_window,
 )
@@ -76,8 +77,8 @@ def stft_loss(
         ((n_fft,), (hop_length,), (win_length,)), ("n_fft", "hop_length", "win_length"),
         [w_sc, w_log, w_lin], power_floor, mag_distance, sc_reduction, reduction, return_terms,
     )  # fmt: skip
-    loss, terms = MULTI_RESOLUTION_STFT_LOSS(*arguments)
-    return (loss, *terms[0].unbind(0)) if return_terms else loss
+    out = MULTI_RESOLUTION_STFT_LOSS(*arguments)
+    return (loss_of(out, [w_sc, w_log, w_lin]), *out[0].unbind(0)) if return_terms else out
 
 
 def _stft_loss_inputs(size, dtype, device, seed):
