@@ -431,7 +431,6 @@ Outputs multi_resolution_stft_loss_forward(
 }
 
 std::optional<std::string> multi_resolution_stft_loss_supports(const py::args& args) {
-  if (py::cast<int64_t>(args[0].attr("numel")()) == 0) return "takes no empty batch";
   for (const py::handle n : args[4]) {
     if (!is_real_length(py::cast<int64_t>(n))) {
       return "takes even n_ffts up to " + std::to_string(kLongest) +

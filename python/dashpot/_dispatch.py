@@ -381,6 +381,9 @@ class Op:
         needs = [_any(ctx.needs_input_grad[i]) for i in self._slots]
         out = self.backward_op(*self._backward_args(ctx, grads, needs))
         result = [None] * ctx.count
+        for i, count in zip(self._slots, ctx.call[2], strict=True):
+            if i in self._lists:
+                result[i] = [None] * count  # torch wants the argument's structure, empty lists too
         for i, grad in zip(
             self._plan.gives, out if isinstance(out, tuple) else (out,), strict=True
         ):

@@ -63,7 +63,7 @@ def stft_loss(
 
     Returns:
         The loss, () or (B,), in float32 (float64 for float64 inputs); with `return_terms` the
-        loss and its terms sc, log, lin. NaN for an empty batch.
+        loss and its terms sc, log, lin.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
