@@ -156,6 +156,8 @@ def test_strides(case, layout):
     function = case.op if isinstance(case.op, Chain) else case.op.forward_op
     with case.forced():
         outputs = function(*args)
+    if not isinstance(case.op, Chain):
+        outputs = case.op._public(outputs)  # the registered op returns residuals too
     case.judge(outputs, moved(args, lambda tensor: tensor.clone().contiguous()))
 
 

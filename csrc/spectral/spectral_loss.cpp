@@ -13,6 +13,7 @@
 #include "common/bind.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
+#include "spectral/cuda.h"
 #include "spectral/options.h"
 #include "spectral/rows.h"
 
@@ -305,33 +306,50 @@ void batch_means(const Signals<T, In>& s, const SpectralOptions& options,
   });
 }
 
+// What both backends allocate and check.
+struct Outputs {
+  Dtype type;
+  Tensor loss, slope_x, slope_y;
+  int64_t batch_x, batch_y, channels, n;
+  bool mean;
+
+  Outputs(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+          bool batch_mean, const std::string& reduction, const std::vector<bool>& wants)
+      : type(input.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32),
+        n(input.size(-1)), mean(reduction == "mean") {
+    const int64_t rows = input.numel / n;
+    loss = input.new_empty({mean ? 1 : rows}, type);
+    const py::object shape = mean ? py::object(py::tuple())
+                                  : py::object(input.object.attr("shape")[py::slice(
+                                        py::none(), py::int_(-1), py::none())]);
+    loss.object = loss.object.attr("view")(shape);
+    slope_x = wants[0] ? empty_like(input, type) : input.new_empty({0}, type);
+    slope_y = wants[1] ? empty_like(target, type) : target.new_empty({0}, type);
+    batch_x = batch_mean ? input.size(0) : rows;
+    batch_y = batch_mean ? target.size(0) : rows;
+    channels = batch_mean && batch_x ? rows / batch_x : 1;
+    if (target.numel != batch_y * channels * n || target.dtype != input.dtype) {
+      throw std::invalid_argument("target: expected the input's dtype and shape");
+    }
+    if (weight && (weight->numel != n / 2 + 1 || weight->dtype != type)) {
+      throw std::invalid_argument("weight: expected (n/2 + 1,) in the dtype of the computation");
+    }
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> all() const { return {loss, slope_x, slope_y}; }
+};
+
 std::tuple<Tensor, Tensor, Tensor> spectral_loss_forward(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
     const std::string& kind, const std::string& distance, bool batch_mean, double eps,
     const std::string& norm, bool onesided, const std::string& reduction,
     const std::vector<bool>& wants) {
-  const int64_t n = input.size(-1);
-  const Dtype type = input.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  const bool mean = reduction == "mean";
-  const int64_t rows = input.numel / n;
-  Tensor loss = input.new_empty({mean ? 1 : rows}, type);
-  const py::object shape = mean ? py::object(py::tuple()) : input.object.attr("shape")[py::slice(
-      py::none(), py::int_(-1), py::none())];
-  loss.object = loss.object.attr("view")(shape);
-  const Tensor slope_x = wants[0] ? empty_like(input, type) : input.new_empty({0}, type);
-  const Tensor slope_y = wants[1] ? empty_like(target, type) : target.new_empty({0}, type);
-  const SpectralOptions options{kind_of(kind), distance == "l1", eps, norm_scale(norm, n)};
-  BinWeights weights(n, onesided, options.scale);
+  const Outputs out(input, target, weight, batch_mean, reduction, wants);
+  const SpectralOptions options{kind_of(kind), distance == "l1", eps, norm_scale(norm, out.n)};
+  BinWeights weights(out.n, onesided, options.scale);
   if (weight) {
-    if (weight->numel != n / 2 + 1) throw std::invalid_argument("weight: expected (n/2 + 1,)");
-    type == Dtype::kFloat64 ? weights.times(weight->as<double>())
-                            : weights.times(weight->as<float>());
-  }
-  const int64_t batch_x = batch_mean ? input.size(0) : rows;
-  const int64_t batch_y = batch_mean ? target.size(0) : rows;
-  const int64_t channels = batch_mean && batch_x ? rows / batch_x : 1;
-  if (target.numel != batch_y * channels * n || target.dtype != input.dtype) {
-    throw std::invalid_argument("target: expected the input's dtype and shape");
+    out.type == Dtype::kFloat64 ? weights.times(weight->as<double>())
+                                : weights.times(weight->as<float>());
   }
   const int threads = num_threads();
   const py::gil_scoped_release release;
@@ -339,40 +357,84 @@ std::tuple<Tensor, Tensor, Tensor> spectral_loss_forward(
     using In = decltype(element);
     using T = std::conditional_t<std::is_same_v<In, double>, double, float>;
     const Signals<T, In> signals{input.as<In>(), target.as<In>(),
-                                 wants[0] ? slope_x.as<T>() : nullptr,
-                                 wants[1] ? slope_y.as<T>() : nullptr,
-                                 batch_x, batch_y, channels, n};
+                                 wants[0] ? out.slope_x.as<T>() : nullptr,
+                                 wants[1] ? out.slope_y.as<T>() : nullptr,
+                                 out.batch_x, out.batch_y, out.channels, out.n};
     if (batch_mean) {
-      batch_means(signals, options, weights, threads, loss.as<T>());
+      batch_means(signals, options, weights, threads, out.loss.as<T>());
     } else {
-      pairs(signals, options, weights, mean, threads, loss.as<T>());
+      pairs(signals, options, weights, out.mean, threads, out.loss.as<T>());
     }
   });
-  return {loss, slope_x, slope_y};
+  return out.all();
+}
+
+// What neither backend takes.
+std::optional<std::string> unsupported(const py::args& args) {
+  if (py::cast<int64_t>(args[0].attr("numel")()) == 0 ||
+      py::cast<int64_t>(args[1].attr("numel")()) == 0) {
+    return "takes no empty batch";
+  }
+  if (py::cast<bool>(args[5]) && py::cast<std::string>(args[3]) == "complex") {
+    return "has no batch average of complex spectra";
+  }
+  return std::nullopt;
 }
 
 std::optional<std::string> spectral_loss_supports(const py::args& args) {
-  const py::object shape = args[0].attr("shape");
-  const int64_t n = py::cast<int64_t>(shape[py::int_(-1)]);
-  const int64_t numel = py::cast<int64_t>(args[0].attr("numel")());
+  const int64_t n = py::cast<int64_t>(args[0].attr("shape")[py::int_(-1)]);
   if (!is_real_length(n)) {
     return "takes even lengths up to " + std::to_string(kLongest) +
            " without prime factors beyond 5, got " + std::to_string(n);
   }
-  if (numel == 0 || py::cast<int64_t>(args[1].attr("numel")()) == 0) return "takes no empty batch";
-  if (py::cast<bool>(args[5]) && py::cast<std::string>(args[3]) == "complex") {
-    return "has no batch average of complex spectra";
-  }
   // One lane per row: below this most of a vector would be empty.
-  if (n > 512 && numel < 4 * n) return "takes at least 4 rows longer than 512";
-  return std::nullopt;
+  if (n > 512 && py::cast<int64_t>(args[0].attr("numel")()) < 4 * n) {
+    return "takes at least 4 rows longer than 512";
+  }
+  return unsupported(args);
 }
+
+#ifdef DASHPOT_CUDA
+std::tuple<Tensor, Tensor, Tensor> spectral_loss_forward_cuda(
+    const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
+    const std::string& kind, const std::string& distance, bool batch_mean, double eps,
+    const std::string& norm, bool onesided, const std::string& reduction,
+    const std::vector<bool>& wants) {
+  const Outputs out(input, target, weight, batch_mean, reduction, wants);
+  const SpectralCall call{
+      {input.data, wants[0] ? out.slope_x.as<float>() : nullptr, out.batch_x},
+      {target.data, wants[1] ? out.slope_y.as<float>() : nullptr, out.batch_y},
+      out.channels, out.n, input.dtype,
+      {kind_of(kind), distance == "l1", eps, norm_scale(norm, out.n)},
+      onesided, out.mean, weight ? weight->as<float>() : nullptr};
+  const int64_t size = batch_mean ? spectral_batch_scratch(call) : spectral_pairs_scratch(call);
+  const Tensor scratch = input.new_empty({size}, Dtype::kFloat32);
+  const Place place = place_of(input);
+  (batch_mean ? spectral_batch_cuda : spectral_pairs_cuda)(
+      call, scratch.as<float>(), out.loss.as<float>(), place.device, place.stream);
+  return out.all();
+}
+
+std::optional<std::string> spectral_loss_supports_cuda(const py::args& args) {
+  if (py::str(args[0].attr("dtype")).equal(py::str("torch.float64"))) return "has no float64";
+  const int64_t n = py::cast<int64_t>(args[0].attr("shape")[py::int_(-1)]);
+  if (!is_real_length(n) || n > kLongestInBlock) {
+    return "takes even lengths up to " + std::to_string(kLongestInBlock) +
+           " without prime factors beyond 5, got " + std::to_string(n);
+  }
+  return unsupported(args);
+}
+#endif
 
 }  // namespace
 
 DASHPOT_BIND(m) {
   m.def("spectral_loss_forward", &spectral_loss_forward);
   m.def("spectral_loss_supports", &spectral_loss_supports);
+#ifdef DASHPOT_CUDA
+  m.def("spectral_loss_forward_cuda", &spectral_loss_forward_cuda);
+  m.def("spectral_loss_supports_cuda", &spectral_loss_supports_cuda);
+#endif
 }
 
 }  // namespace dashpot::spectral

@@ -50,7 +50,7 @@ def check_constant(value, name: str, like: Tensor) -> Tensor:
 def check_number(value, name: str, least: float, strict: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    if not (value > least if strict else value >= least) or math.isinf(value):
+    if not (value > least if strict else value >= least) or not -math.inf < value < math.inf:
         sign = ">" if strict else ">="
         raise ValueError(f"{name}: expected a finite number {sign} {least:g}, got {value}")
     return float(value)
@@ -75,7 +75,7 @@ def with_slopes(
     """([outputs], [slopes]) of a reference: loss(*signals) -> outputs, and for each signal that
     wants one the derivative of the first output's sum, else an empty tensor. Where autograd records
     the reference itself, nobody reads the slopes."""
-    empty = [wide(signal.new_empty(0)) for signal in signals]
+    empty = [wide(signal.new_zeros(0)) for signal in signals]
     if torch.is_grad_enabled() or torch.is_inference_mode_enabled() or not any(wanted):
         return loss(*signals), empty
     with torch.enable_grad():

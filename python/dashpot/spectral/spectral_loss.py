@@ -163,7 +163,7 @@ SPECTRAL_LOSS = declare(
                  ("mean", 3, 2, 12), ("mean", 18, 30), ("mean complex", 3, 2, 10),
                  ("complex", 2, 16), ("complex l1", 17, 18), ("magnitude", 2, 3, 50),
                  ("magnitude", 5, 7), ("power", 16, 64), ("power", 2, 2), ("log", 19, 90),
-                 ("log", 2, 15), ("log power", 3, 2000), ("log power", 1, 8192)],
+                 ("log", 2, 15), ("log power", 1, 1458), ("log power", 9, 2000)],
         "bench": [("paper", 128, 200), ("paper", 128, 2000), ("log", 128, 2000)],
     },
 )  # fmt: skip
