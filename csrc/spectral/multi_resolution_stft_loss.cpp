@@ -14,6 +14,7 @@
 #include "common/bind.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
+#include "spectral/cuda.h"
 #include "spectral/rows.h"
 
 namespace dashpot::spectral {
@@ -440,9 +441,62 @@ std::optional<std::string> multi_resolution_stft_loss_supports(const py::args& a
   return std::nullopt;
 }
 
+#ifdef DASHPOT_CUDA
+Outputs multi_resolution_stft_loss_forward_cuda(
+    const Tensor& input, const Tensor& target, const std::vector<Tensor>& windows,
+    int64_t channels, const std::vector<int64_t>& n_ffts, const std::vector<int64_t>& hops,
+    const std::vector<int64_t>& win_lengths, const std::vector<double>& weights,
+    double power_floor, const std::string& mag_distance, const std::string& sc_reduction,
+    const std::string& reduction, bool, const std::vector<bool>& wants) {
+  const int64_t rows = input.size(0), t = input.size(1), examples = rows / channels;
+  const bool none = reduction == "none";
+  StftDeviceCall call{input.data, target.data, input.dtype, rows, t, n_ffts, hops, win_lengths,
+                      {}, {}, static_cast<float>(power_floor), mag_distance == "l2"};
+  for (size_t r = 0; r < n_ffts.size(); ++r) {
+    const double share = 1.0 / static_cast<double>(n_ffts.size());
+    const double bins = static_cast<double>((n_ffts[r] / 2 + 1) * (1 + t / hops[r])) *
+                        static_cast<double>(none ? channels : rows);
+    const double each = reduction == "sum" ? share : share / bins;
+    call.terms.push_back({static_cast<float>(weights[0] * share),
+                          static_cast<float>(weights[1] * each),
+                          static_cast<float>(weights[2] * each), examples, channels, none,
+                          sc_reduction == "batch" && !none});
+    call.windows.push_back(windows.empty() ? nullptr : windows[r].as<float>());
+  }
+  const Tensor loss = none ? input.new_empty({examples}, Dtype::kFloat32)
+                           : input.new_empty({}, Dtype::kFloat32);
+  const Tensor slope_x = wants[0] ? empty_like(input, Dtype::kFloat32)
+                                  : input.new_empty({0}, Dtype::kFloat32);
+  const Tensor slope_y = wants[1] ? empty_like(target, Dtype::kFloat32)
+                                  : input.new_empty({0}, Dtype::kFloat32);
+  const Tensor scratch = input.new_empty({stft_scratch(call)}, Dtype::kFloat32);
+  const Place place = place_of(input);
+  stft_cuda(call, scratch.as<float>(), loss.as<float>(), wants[0] ? slope_x.as<float>() : nullptr,
+            wants[1] ? slope_y.as<float>() : nullptr, place.device, place.stream);
+  return {loss, slope_x, slope_y};
+}
+
+std::optional<std::string> multi_resolution_stft_loss_supports_cuda(const py::args& args) {
+  if (py::str(args[0].attr("dtype")).equal(py::str("torch.float64"))) return "has no float64";
+  if (py::cast<bool>(args[12])) return "returns no single terms";
+  if (py::cast<int64_t>(args[0].attr("shape")[py::int_(0)]) > 65535) return "takes 65,535 rows";
+  for (const py::handle n : args[4]) {
+    if (!is_real_length(py::cast<int64_t>(n)) || py::cast<int64_t>(n) > kLongestInBlock) {
+      return "takes even n_ffts up to " + std::to_string(kLongestInBlock) +
+             " without prime factors beyond 5, got " + std::to_string(py::cast<int64_t>(n));
+    }
+  }
+  return std::nullopt;
+}
+#endif
+
 }  // namespace
 
 DASHPOT_BIND(m) {
+#ifdef DASHPOT_CUDA
+  m.def("multi_resolution_stft_loss_forward_cuda", &multi_resolution_stft_loss_forward_cuda);
+  m.def("multi_resolution_stft_loss_supports_cuda", &multi_resolution_stft_loss_supports_cuda);
+#endif
   m.def("multi_resolution_stft_loss_forward", &multi_resolution_stft_loss_forward);
   m.def("multi_resolution_stft_loss_supports", &multi_resolution_stft_loss_supports);
 }
