@@ -1,5 +1,5 @@
-"""focal_frequency_loss, forward and backward: images (N, C, H, W), against the published code and the
-bare transforms."""
+"""focal_frequency_loss, forward and backward: images (N, C, H, W), against the published code and
+the bare transforms."""
 
 import functools
 

@@ -11,8 +11,8 @@ from bench import peers
 
 OP = "multi_resolution_stft_loss"
 SIZES = {
-    torch.float32: [("default", 4, 65536), ("default", 16, 65536)],
-    torch.bfloat16: [("default", 4, 65536)],
+    torch.float32: [("train default", 4, 65536), ("train default", 16, 65536)],
+    torch.bfloat16: [("train default", 4, 65536)],
 }
 GRADIENT = (0,)
 FLOOR = MULTI_RESOLUTION_STFT_LOSS.floor  # both signals read, one gradient written

@@ -8,10 +8,10 @@ from dashpot.spectral.spectral_loss import SPECTRAL_LOSS
 OP = "spectral_loss"
 SIZES = {
     torch.float32: [
-        ("paper", 128, 2000), ("paper", 128, 200), ("paper", 512, 256), ("paper", 1024, 1000),
-        ("log power", 128, 2000),
+        ("train paper", 128, 2000), ("train paper", 128, 200), ("train paper", 512, 256),
+        ("train paper", 1024, 1000), ("train log power", 128, 2000),
     ],
-    torch.bfloat16: [("paper", 128, 2000)],
+    torch.bfloat16: [("train paper", 128, 2000)],
 }  # fmt: skip
 GRADIENT = (0,)
 FLOOR = SPECTRAL_LOSS.floor  # both signals read, one gradient written
@@ -35,7 +35,9 @@ def transforms(input, target, *_):
 
 PEERS = {
     "torch.fft": Peer(plain),
-    "torch.compile": Peer(torch.compile(plain), lambda size, *_: size == ("paper", 128, 2000)),
+    "torch.compile": Peer(
+        torch.compile(plain), lambda size, *_: size == ("train paper", 128, 2000)
+    ),
     "bare transforms": Peer(transforms, checked=False),
 }
 

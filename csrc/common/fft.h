@@ -3,13 +3,13 @@
 //   Z_f = sum_j z_j exp(-2 pi i f j / n),   n = 2^a 3^b 5^c
 //
 // data holds n complex vectors (real part, imaginary part), in place. The forward decimates in
-// frequency and leaves Z_f at place[f]; the inverse (without 1/n) runs the same passes backwards and
-// takes its input there. What lies between, a comparison of spectra, does not mind the order, so
-// nothing is ever permuted. Rows side by side in lanes need no shuffles and one twiddle for all.
+// frequency and leaves Z_f at place[f]; the inverse (without 1/n) runs the same passes backwards
+// and takes its input there. What lies between, a comparison of spectra, does not mind the order,
+// so nothing is ever permuted. Rows side by side in lanes need no shuffles and one twiddle for all.
 //
 // A pass of radix r reads r vectors, transforms them and turns them by the twiddles. Passes are
-// ordered depth first until a block fits the first-level cache: a transform of 1,024 points times 16
-// lanes, 128 KiB, goes through the second-level cache once instead of once per radix.
+// ordered depth first until a block fits the first-level cache: a transform of 1,024 points times
+// 16 lanes, 128 KiB, goes through the second-level cache once instead of once per radix.
 #pragma once
 
 #include <cmath>

@@ -32,7 +32,7 @@ DASHPOT_INLINE Vec<T, isa> log_lanes(Vec<T, isa> x) {
   constexpr Int kTwoThirds = kDouble ? Int(0x3fe5555555555555) : Int(0x3f2aaaab);
   constexpr T kLeast = kDouble ? T(2.2250738585072014e-308) : T(1.17549435e-38);
   constexpr T kLift = kDouble ? T(18014398509481984.0) : T(33554432.0);  // 2^54, 2^25
-  const Ints small = x < kLeast;                                        // all ones or 0
+  const Ints small = x < kLeast;                                         // all ones or 0
   const V lifted = small ? x * kLift : x;
   const Ints bits = reinterpret_cast<Ints>(lifted);
   const Ints exponent = (bits - kTwoThirds) >> kMantissa;  // floor, since >> keeps the sign

@@ -1,10 +1,10 @@
 // focal_frequency_loss: input, target (N, C, H, W) -> loss () or (N, C), slope (N, C, H, W).
 //
 // The transform is linear, so x - y is transformed once. An item is one patch (h, w): its rows are
-// transformed a group at a time (a lane each) into a half spectrum (h, w/2 + 1) in the cache; columns
-// need no transposition (a lane each, as they lie), and while a group of them is in the first-level
-// cache it is weighted and transformed back. The division by the largest weight is left to the end:
-// it is one factor of the plane's loss and slope, or, for batch_matrix, of everything.
+// transformed a group at a time (a lane each) into a half spectrum (h, w/2 + 1) in the cache;
+// columns need no transposition (a lane each, as they lie), and while a group of them is in the
+// first-level cache it is weighted and transformed back. The division by the largest weight is left
+// to the end: it is one factor of the plane's loss and slope, or, for batch_matrix, of everything.
 //
 // With D the spectrum, P = |D|^2: loss = sum w P / (numel top), slope = 2 / (numel top) idft(w D).
 #include <optional>
@@ -122,10 +122,10 @@ struct MoveColumns {
 template <class T, class In>
 struct Focal {
   const In *x, *y;
-  T* slope;                              // null where not wanted
-  int64_t factor, height, width, h, w;   // of the image, of a patch
+  T* slope;                             // null where not wanted
+  int64_t factor, height, width, h, w;  // of the image, of a patch
   FocalOptions options;
-  double share;                          // 1 / elements of a loss
+  double share;  // 1 / elements of a loss
 
   int64_t patches() const { return factor * factor; }
   int64_t offset(int64_t item) const {
@@ -154,11 +154,12 @@ struct Focal {
       }
       const T* no_window = nullptr;
       run_on_isa<LoadRows<T, In>>(static_cast<const In* const*>(from_x),
-                                  static_cast<const In* const*>(from_y), count, w, scale,
-                                  no_window, data);
+                                  static_cast<const In* const*>(from_y), count, w, scale, no_window,
+                                  data);
       forward_transform(data, rows);
       run_on_isa<Unpack<T>>(static_cast<const T*>(data), &rows, parts);
-      for (const auto& [part, to] : {std::pair{parts, to_re}, std::pair{parts + bins * lane, to_im}}) {
+      for (const auto& [part, to] :
+           {std::pair{parts, to_re}, std::pair{parts + bins * lane, to_im}}) {
         run_on_isa<StoreRows<T, false>>(static_cast<const T*>(part), bins, T(1), no_window,
                                         static_cast<T* const*>(to), count);
       }
@@ -232,10 +233,12 @@ void run_focal(const Focal<T, In>& focal, int64_t images, bool mean, int threads
   });
 }
 
-std::tuple<Tensor, Tensor> focal_frequency_loss_forward(
-    const Tensor& input, const Tensor& target, const std::optional<Tensor>&, double alpha,
-    bool log_matrix, bool batch_matrix, int64_t patch_factor, const std::string& reduction,
-    const std::vector<bool>& wants) {
+std::tuple<Tensor, Tensor> focal_frequency_loss_forward(const Tensor& input, const Tensor& target,
+                                                        const std::optional<Tensor>&, double alpha,
+                                                        bool log_matrix, bool batch_matrix,
+                                                        int64_t patch_factor,
+                                                        const std::string& reduction,
+                                                        const std::vector<bool>& wants) {
   const int64_t n = input.size(0), c = input.size(1), height = input.size(2), width = input.size(3);
   const Dtype type = input.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const bool mean = reduction == "mean";
@@ -245,16 +248,22 @@ std::tuple<Tensor, Tensor> focal_frequency_loss_forward(
   }
   const Tensor loss = mean ? input.new_empty({}, type) : input.new_empty({n, c}, type);
   const bool wanted = wants[0] || wants[1];
-  const Tensor slope = wanted ? input.new_empty({n, c, height, width}, type)
-                              : input.new_empty({0}, type);
+  const Tensor slope =
+      wanted ? input.new_empty({n, c, height, width}, type) : input.new_empty({0}, type);
   const int threads = num_threads();
   const py::gil_scoped_release release;
   dispatch_floating(input.dtype, [&](auto element) {
     using In = decltype(element);
     using T = std::conditional_t<std::is_same_v<In, double>, double, float>;
-    const Focal<T, In> focal{input.as<In>(), target.as<In>(), wanted ? slope.as<T>() : nullptr,
-                             patch_factor, height, width, height / patch_factor,
-                             width / patch_factor, {alpha, log_matrix, batch_matrix},
+    const Focal<T, In> focal{input.as<In>(),
+                             target.as<In>(),
+                             wanted ? slope.as<T>() : nullptr,
+                             patch_factor,
+                             height,
+                             width,
+                             height / patch_factor,
+                             width / patch_factor,
+                             {alpha, log_matrix, batch_matrix},
                              1.0 / static_cast<double>(mean ? input.numel : height * width)};
     run_focal(focal, n * c, mean, threads, loss.as<T>());
   });

@@ -1,9 +1,10 @@
 // multi_resolution_stft_loss: input, target (rows, T) -> loss (or terms (R, 3)), slopes.
 //
-// Frames are never in memory. An item is a segment of one row's frames at one resolution: its samples
-// (edges reflected) are laid out once, frames are taken from there a group at a time (a lane each),
-// transformed, compared, and their slopes transformed back and overlap-added into the segment's part
-// of the slope. Zeros around the window are appended instead: a shift changes no magnitude.
+// Frames are never in memory. An item is a segment of one row's frames at one resolution: its
+// samples (edges reflected) are laid out once, frames are taken from there a group at a time (a
+// lane each), transformed, compared, and their slopes transformed back and overlap-added into the
+// segment's part of the slope. Zeros around the window are appended instead: a shift changes no
+// magnitude.
 //
 // The slope is linear in the terms, but the norms of the first term are known only at the end. So a
 // resolution has channels: what is multiplied with 1 / (|m_x - m_y| |m_y|) later, and what is not.
@@ -107,8 +108,7 @@ struct CompareFrames {
         merge<T, isa>(first, plan, k, low.slope(channels[0], half), high.slope(channels[0], half));
       }
       if (count > 1) {
-        merge<T, isa>(second, plan, k, low.slope(channels[1], half),
-                      high.slope(channels[1], half));
+        merge<T, isa>(second, plan, k, low.slope(channels[1], half), high.slope(channels[1], half));
       }
     }
     for (int i = 0; i < kSums; ++i) store<T, isa>(sums + i * kWidth, total[i]);
@@ -163,9 +163,10 @@ struct Part {
   const RealPlan<T>* plan;
   std::vector<T> window;
   std::vector<Channel> channels;
-  int64_t span;                           // samples of a full segment
-  std::unique_ptr<T, void (*)(void*)> slopes{nullptr, std::free};  // (rows, segments, channels, span)
-  std::vector<double> sums;               // (rows, segments, 4)
+  int64_t span;  // samples of a full segment
+  std::unique_ptr<T, void (*)(void*)> slopes{nullptr,
+                                             std::free};  // (rows, segments, channels, span)
+  std::vector<double> sums;                               // (rows, segments, 4)
 
   T* slope(int64_t row, int64_t segment, int64_t channel) const {
     const int64_t count = static_cast<int64_t>(channels.size());
@@ -245,16 +246,16 @@ struct Frames {
   }
 };
 
-// Per example (or for the batch) what the first term's channels are multiplied with; adds to losses,
-// and fills terms where they are wanted.
+// Per example (or for the batch) what the first term's channels are multiplied with; adds to
+// losses, and fills terms where they are wanted.
 template <class T>
 std::vector<double> finish(const StftCall& call, const Part<T>& part, size_t r, T* terms,
                            double* losses) {
   const int64_t each = call.none ? call.examples : 1;  // entries of a term
   const bool together = call.sc_batch && !call.none;
   const double share = 1.0 / static_cast<double>(call.resolutions.size());
-  const double bins = static_cast<double>(part.shape.n_fft / 2 + 1) *
-                      static_cast<double>(part.shape.frames);
+  const double bins =
+      static_cast<double>(part.shape.n_fft / 2 + 1) * static_cast<double>(part.shape.frames);
   std::vector<double> sums(call.examples * kSums), factors(call.examples * 3, 1.0);
   for (int64_t row = 0; row < call.rows; ++row) {
     for (int64_t s = 0; s < part.shape.segments; ++s) {
@@ -324,8 +325,7 @@ void gather(const StftCall& call, const std::vector<Part<T>>& parts,
       for (size_t c = 0; c < part.channels.size(); ++c) {
         const Channel& channel = part.channels[c];
         if (channel.target != target) continue;
-        const T factor =
-            static_cast<T>(factors[r][row / call.channels * 3 + channel.factor]);
+        const T factor = static_cast<T>(factors[r][row / call.channels * 3 + channel.factor]);
         const T* from = part.slope(row, s, static_cast<int64_t>(c));
         T* to = slope + (channel.output * call.rows + row) * call.t;
         for (int64_t i = 0; i < first; ++i) to[mirrored(begin + i, call.t)] += factor * from[i];
@@ -355,7 +355,8 @@ void run_stft(const StftCall& call, const In* x, const In* y, const std::vector<
     }
     part.span = shape.span(std::min(kSegment, shape.frames));
     const int64_t count = call.rows * shape.segments;
-    const int64_t bytes = count * static_cast<int64_t>(part.channels.size() * sizeof(T)) * part.span;
+    const int64_t bytes =
+        count * static_cast<int64_t>(part.channels.size() * sizeof(T)) * part.span;
     part.slopes.reset(static_cast<T*>(std::malloc(std::max<int64_t>(bytes, 1))));
     if (!part.slopes) throw std::bad_alloc();
     part.sums.assign(count * kSums, 0.0);
@@ -384,19 +385,29 @@ void run_stft(const StftCall& call, const In* x, const In* y, const std::vector<
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss or terms, slopes
 
 Outputs multi_resolution_stft_loss_forward(
-    const Tensor& input, const Tensor& target, const std::vector<Tensor>& windows,
-    int64_t channels, const std::vector<int64_t>& n_ffts, const std::vector<int64_t>& hops,
-    const std::vector<int64_t>& win_lengths, const std::vector<double>& weights,
-    double power_floor, const std::string& mag_distance, const std::string& sc_reduction,
-    const std::string& reduction, bool split, const std::vector<bool>& wants) {
+    const Tensor& input, const Tensor& target, const std::vector<Tensor>& windows, int64_t channels,
+    const std::vector<int64_t>& n_ffts, const std::vector<int64_t>& hops,
+    const std::vector<int64_t>& win_lengths, const std::vector<double>& weights, double power_floor,
+    const std::string& mag_distance, const std::string& sc_reduction, const std::string& reduction,
+    bool split, const std::vector<bool>& wants) {
   const int64_t rows = input.size(0), t = input.size(1), examples = rows / channels;
   const Dtype type = input.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const int64_t count = static_cast<int64_t>(n_ffts.size());
   if (target.dtype != input.dtype || target.numel != input.numel) {
     throw std::invalid_argument("target: expected the input's dtype and shape");
   }
-  StftCall call{{},   weights, power_floor, mag_distance == "l2", sc_reduction == "batch",
-                reduction == "sum", reduction == "none", split, rows, t, examples, channels};
+  StftCall call{{},
+                weights,
+                power_floor,
+                mag_distance == "l2",
+                sc_reduction == "batch",
+                reduction == "sum",
+                reduction == "none",
+                split,
+                rows,
+                t,
+                examples,
+                channels};
   for (int64_t r = 0; r < count; ++r) {
     const int64_t frames = 1 + t / hops[r];
     call.resolutions.push_back(
@@ -405,8 +416,8 @@ Outputs multi_resolution_stft_loss_forward(
       throw std::invalid_argument("n_ffts: expected n_fft // 2 < T and windows no longer than it");
     }
   }
-  const Tensor out = split ? call.none ? input.new_empty({count, 3, examples}, type)
-                                       : input.new_empty({count, 3}, type)
+  const Tensor out = split       ? call.none ? input.new_empty({count, 3, examples}, type)
+                                             : input.new_empty({count, 3}, type)
                      : call.none ? input.new_empty({examples}, type)
                                  : input.new_empty({}, type);
   const auto slope = [&](bool wanted) {
@@ -425,8 +436,7 @@ Outputs multi_resolution_stft_loss_forward(
       given.push_back(window.as<T>());
     }
     run_stft<T, In>(call, input.as<In>(), target.as<In>(), given, threads, out.as<T>(),
-                    wants[0] ? slope_x.as<T>() : nullptr,
-                    wants[1] ? slope_y.as<T>() : nullptr);
+                    wants[0] ? slope_x.as<T>() : nullptr, wants[1] ? slope_y.as<T>() : nullptr);
   });
   return {out, slope_x, slope_y};
 }
@@ -443,15 +453,25 @@ std::optional<std::string> multi_resolution_stft_loss_supports(const py::args& a
 
 #ifdef DASHPOT_CUDA
 Outputs multi_resolution_stft_loss_forward_cuda(
-    const Tensor& input, const Tensor& target, const std::vector<Tensor>& windows,
-    int64_t channels, const std::vector<int64_t>& n_ffts, const std::vector<int64_t>& hops,
-    const std::vector<int64_t>& win_lengths, const std::vector<double>& weights,
-    double power_floor, const std::string& mag_distance, const std::string& sc_reduction,
-    const std::string& reduction, bool, const std::vector<bool>& wants) {
+    const Tensor& input, const Tensor& target, const std::vector<Tensor>& windows, int64_t channels,
+    const std::vector<int64_t>& n_ffts, const std::vector<int64_t>& hops,
+    const std::vector<int64_t>& win_lengths, const std::vector<double>& weights, double power_floor,
+    const std::string& mag_distance, const std::string& sc_reduction, const std::string& reduction,
+    bool, const std::vector<bool>& wants) {
   const int64_t rows = input.size(0), t = input.size(1), examples = rows / channels;
   const bool none = reduction == "none";
-  StftDeviceCall call{input.data, target.data, input.dtype, rows, t, n_ffts, hops, win_lengths,
-                      {}, {}, static_cast<float>(power_floor), mag_distance == "l2"};
+  StftDeviceCall call{input.data,
+                      target.data,
+                      input.dtype,
+                      rows,
+                      t,
+                      n_ffts,
+                      hops,
+                      win_lengths,
+                      {},
+                      {},
+                      static_cast<float>(power_floor),
+                      mag_distance == "l2"};
   for (size_t r = 0; r < n_ffts.size(); ++r) {
     const double share = 1.0 / static_cast<double>(n_ffts.size());
     const double bins = static_cast<double>((n_ffts[r] / 2 + 1) * (1 + t / hops[r])) *
@@ -463,12 +483,12 @@ Outputs multi_resolution_stft_loss_forward_cuda(
                           sc_reduction == "batch" && !none});
     call.windows.push_back(windows.empty() ? nullptr : windows[r].as<float>());
   }
-  const Tensor loss = none ? input.new_empty({examples}, Dtype::kFloat32)
-                           : input.new_empty({}, Dtype::kFloat32);
-  const Tensor slope_x = wants[0] ? empty_like(input, Dtype::kFloat32)
-                                  : input.new_empty({0}, Dtype::kFloat32);
-  const Tensor slope_y = wants[1] ? empty_like(target, Dtype::kFloat32)
-                                  : input.new_empty({0}, Dtype::kFloat32);
+  const Tensor loss =
+      none ? input.new_empty({examples}, Dtype::kFloat32) : input.new_empty({}, Dtype::kFloat32);
+  const Tensor slope_x =
+      wants[0] ? empty_like(input, Dtype::kFloat32) : input.new_empty({0}, Dtype::kFloat32);
+  const Tensor slope_y =
+      wants[1] ? empty_like(target, Dtype::kFloat32) : input.new_empty({0}, Dtype::kFloat32);
   const Tensor scratch = input.new_empty({stft_scratch(call)}, Dtype::kFloat32);
   const Place place = place_of(input);
   stft_cuda(call, scratch.as<float>(), loss.as<float>(), wants[0] ? slope_x.as<float>() : nullptr,

@@ -1,13 +1,13 @@
 // multi_resolution_stft_loss on the device: input, target (rows, T) -> loss, slopes (rows, T).
 //
-// Frames are never in memory. First pass, per resolution: a block takes some neighbouring frames of a
-// row from the signals (edges mirrored, windowed, in shared memory), transforms them and writes four
-// partial sums. One block then adds those (float64, in order) and writes the loss and, per example,
-// what the first term's derivative is multiplied with. Second pass: a block owns a segment of a row,
-// transforms the frames that touch it again, turns their bins into derivatives, transforms back and
-// adds windowed samples up in shared memory: no atomics, one order. The last kernel adds resolutions
-// and folds mirrored samples back. A segment is four windows long, so a quarter of the frames are
-// transformed twice. Memory: the padded slopes of R resolutions.
+// Frames are never in memory. First pass, per resolution: a block takes some neighbouring frames of
+// a row from the signals (edges mirrored, windowed, in shared memory), transforms them and writes
+// four partial sums. One block then adds those (float64, in order) and writes the loss and, per
+// example, what the first term's derivative is multiplied with. Second pass: a block owns a segment
+// of a row, transforms the frames that touch it again, turns their bins into derivatives,
+// transforms back and adds windowed samples up in shared memory: no atomics, one order. The last
+// kernel adds resolutions and folds mirrored samples back. A segment is four windows long, so a
+// quarter of the frames are transformed twice. Memory: the padded slopes of R resolutions.
 #include <algorithm>
 
 #include "common/fft.cuh"
@@ -241,8 +241,8 @@ __global__ void __launch_bounds__(kThreads)
       const auto slope = [&](float2 one, float2 other) {
         const Bins bin = compare(f, one, other, 0.f, unused);
         const float level = target ? bin.m_y : bin.m_x;
-        const float d = of_gap * bin.gap + of_norm * level + of_log * bin.over / level +
-                        of_linear * bin.step;
+        const float d =
+            of_gap * bin.gap + of_norm * level + of_log * bin.over / level + of_linear * bin.step;
         const float half = k == 0 ? d : 0.5f * d;
         const float2 z = target ? bin.y : bin.x;
         return make_float2(half * z.x, half * z.y);
@@ -320,9 +320,18 @@ void stft_cuda(const StftDeviceCall& call, float* scratch, float* losses, float*
     const Sizes sizes(call, r);
     const int64_t n_fft = call.n_ffts[r], length = call.lengths[r];
     const int64_t begin = (n_fft - length) / 2 - n_fft / 2;
-    const Frames f{block_fft_plan(static_cast<int>(n_fft / 2)), static_cast<int>(call.hops[r]),
-                   static_cast<int>(length), group_of(n_fft), call.rows, call.t, sizes.frames,
-                   begin, call.windows[r], call.power_floor, call.l2, call.terms[r].log != 0,
+    const Frames f{block_fft_plan(static_cast<int>(n_fft / 2)),
+                   static_cast<int>(call.hops[r]),
+                   static_cast<int>(length),
+                   group_of(n_fft),
+                   call.rows,
+                   call.t,
+                   sizes.frames,
+                   begin,
+                   call.windows[r],
+                   call.power_floor,
+                   call.l2,
+                   call.terms[r].log != 0,
                    call.terms[r].linear != 0};
     float* factors = scratch;
     float* sums = factors + 2 * call.terms[r].examples;
@@ -334,9 +343,8 @@ void stft_cuda(const StftDeviceCall& call, float* scratch, float* losses, float*
         const In *x = static_cast<const In*>(call.x), *y = static_cast<const In*>(call.y);
         launch(&stft_sums_kernel<In>, dim3(static_cast<unsigned>(sizes.groups), rows),
                dim3(kThreads), shared_bytes(f, 0), on, f, x, y, sums);
-        launch(&stft_finish_kernel, dim3(1), dim3(kThreads), 0, on,
-               static_cast<const float*>(sums), sizes.groups, call.terms[r], r == 0, factors,
-               losses);
+        launch(&stft_finish_kernel, dim3(1), dim3(kThreads), 0, on, static_cast<const float*>(sums),
+               sizes.groups, call.terms[r], r == 0, factors, losses);
         for (const bool target : {false, true}) {
           float* slope = target ? slope_y : slope_x;
           if (slope == nullptr) continue;

@@ -133,8 +133,8 @@ struct Transpose {
   static DASHPOT_INLINE void run(V* value) { rounds<1>(value); }
 };
 
-// Vectors data[t] = scale * window[t] * (x_l[t] - y_l[t]) from rows; y, window may be null; rows from
-// `count` on are 0.
+// Vectors data[t] = scale * window[t] * (x_l[t] - y_l[t]) from rows; y, window may be null; rows
+// from `count` on are 0.
 template <class T, class In>
 struct LoadRows {
   template <Isa isa>

@@ -1,9 +1,9 @@
 // spectral_loss: input, target (rows, n) -> loss () or (rows,), slopes (rows, n).
 //
-// Pairs: a group of rows (a lane each) is loaded, transformed, compared, its slopes transformed back
-// and stored; nothing but the signals and the slopes leaves the cache. "complex" transforms x - y
-// alone. Batch averages: every group's magnitudes are summed over its rows, the spectra kept; when
-// all groups are done, bins become coefficients (float64), and the kept spectra slopes.
+// Pairs: a group of rows (a lane each) is loaded, transformed, compared, its slopes transformed
+// back and stored; nothing but the signals and the slopes leaves the cache. "complex" transforms x
+// - y alone. Batch averages: every group's magnitudes are summed over its rows, the spectra kept;
+// when all groups are done, bins become coefficients (float64), and the kept spectra slopes.
 //
 // Group sums are float32, sums of groups float64 in the groups' order: any number of threads gives
 // the same bits.
@@ -44,8 +44,8 @@ struct PairTask {
   bool want_x, want_y;
 };
 
-// Compares two groups' spectra: per lane the loss, and x, y become the slopes' spectra. For "complex"
-// x holds the transform of x - y and y is null.
+// Compares two groups' spectra: per lane the loss, and x, y become the slopes' spectra. For
+// "complex" x holds the transform of x - y and y is null.
 template <class T>
 struct ComparePairs {
   template <Isa isa>
@@ -103,7 +103,8 @@ struct ComparePairs {
   }
 };
 
-// Sums over a group's rows of |X_k| or |X_k|^2: sums[k], k <= m. levels: (m + 1) vectors of scratch.
+// Sums over a group's rows of |X_k| or |X_k|^2: sums[k], k <= m. levels: (m + 1) vectors of
+// scratch.
 template <class T>
 struct SumLevels {
   template <Isa isa>
@@ -143,8 +144,8 @@ struct ScaleSpectra {
     using V = Vec<T, isa>;
     const int64_t m = plan->n / 2;
     const auto scale = [&](Complex<V>& z, T factor) __attribute__((always_inline)) {
-      const V by = power ? V{} + T(2) * factor
-                         : factor * inverse_or_zero<T, isa>(modulus<T, isa>(z));
+      const V by =
+          power ? V{} + T(2) * factor : factor * inverse_or_zero<T, isa>(modulus<T, isa>(z));
       z.re *= by, z.im *= by;
     };
     for (int64_t k = 0; 2 * k <= m; ++k) {
@@ -163,8 +164,8 @@ std::vector<T> narrowed(const std::vector<double>& values) {
 
 template <class T, class In>
 struct Signals {
-  const In *x, *y;        // (batch, channels, n)
-  T *slope_x, *slope_y;   // null where not wanted
+  const In *x, *y;       // (batch, channels, n)
+  T *slope_x, *slope_y;  // null where not wanted
   int64_t batch_x, batch_y, channels, n;
 };
 
@@ -177,7 +178,10 @@ void pairs(const Signals<T, In>& s, const SpectralOptions& options, BinWeights w
   }
   const std::vector<T> of_loss = narrowed<T>(weights.loss), of_slope = narrowed<T>(weights.slope);
   const RealPlan<T>& plan = RealPlan<T>::of(static_cast<int>(n));
-  const PairTask<T> task{&plan,           options, of_loss.data(), of_slope.data(),
+  const PairTask<T> task{&plan,
+                         options,
+                         of_loss.data(),
+                         of_slope.data(),
                          s.slope_x != nullptr || (options.kind == kComplex && s.slope_y != nullptr),
                          s.slope_y != nullptr};
   std::vector<T> per_row(rows);
@@ -222,15 +226,26 @@ struct Side {
   const In* from;
   T* slope;
   int64_t batch, channels, n, width, groups;
-  std::vector<T> sums;                     // (channels, groups, F)
-  std::unique_ptr<T, void (*)(void*)> kept{nullptr, std::free};  // (channels, groups, n, width)
+  std::vector<T> sums;  // (channels, groups, F)
+  // (channels, groups, n, width), in the slope's own memory where the rows fill it group by group.
+  T* kept = nullptr;
+  std::unique_ptr<T, void (*)(void*)> own{nullptr, std::free};
 
   Side(const In* x, T* to, int64_t b, int64_t c, int64_t length)
-      : from(x), slope(to), batch(b), channels(c), n(length), width(lanes<T>()),
-        groups((b + width - 1) / width), sums(c * groups * (length / 2 + 1)) {
+      : from(x),
+        slope(to),
+        batch(b),
+        channels(c),
+        n(length),
+        width(lanes<T>()),
+        groups((b + width - 1) / width),
+        sums(c * groups * (length / 2 + 1)) {
     if (slope == nullptr) return;
-    kept.reset(static_cast<T*>(std::aligned_alloc(64, items() * n * width * sizeof(T))));
-    if (!kept) throw std::bad_alloc();
+    kept = slope;
+    if (channels == 1 && batch % width == 0) return;
+    own.reset(static_cast<T*>(std::malloc(items() * n * width * sizeof(T))));
+    if (!own) throw std::bad_alloc();
+    kept = own.get();
   }
 
   int64_t items() const { return channels * groups; }
@@ -242,7 +257,7 @@ struct Side {
   void transform(int64_t item, const SpectralOptions& options, const RealPlan<T>& plan) {
     const In* rows[kMaxLanes];
     for (int64_t l = 0; l < count(item); ++l) rows[l] = from + row(item, l);
-    T* data = kept ? kept.get() + item * n * width : scratch<T>(0, n * width);
+    T* data = kept ? kept + item * n * width : scratch<T>(0, n * width);
     const In* const* none = nullptr;
     run_on_isa<LoadRows<T, In>>(rows, none, count(item), n, static_cast<T>(options.scale), nullptr,
                                 data);
@@ -255,7 +270,8 @@ struct Side {
                       const std::vector<T>& factors) {
     T* rows[kMaxLanes];
     for (int64_t l = 0; l < count(item); ++l) rows[l] = slope + row(item, l);
-    T* data = kept.get() + item * n * width;
+    T* data = scratch<T>(0, n * width);
+    std::copy_n(kept + item * n * width, n * width, data);
     run_on_isa<ScaleSpectra<T>>(data, &plan, options.power(),
                                 factors.data() + item / groups * (n / 2 + 1));
     inverse_transform(data, plan);
@@ -272,8 +288,8 @@ struct Side {
 };
 
 template <class T, class In>
-void batch_means(const Signals<T, In>& s, const SpectralOptions& options,
-                 const BinWeights& weights, int threads, T* loss) {
+void batch_means(const Signals<T, In>& s, const SpectralOptions& options, const BinWeights& weights,
+                 int threads, T* loss) {
   const RealPlan<T>& plan = RealPlan<T>::of(static_cast<int>(s.n));
   Side<T, In> x(s.x, s.slope_x, s.batch_x, s.channels, s.n);
   Side<T, In> y(s.y, s.slope_y, s.batch_y, s.channels, s.n);
@@ -316,12 +332,13 @@ struct Outputs {
   Outputs(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
           bool batch_mean, const std::string& reduction, const std::vector<bool>& wants)
       : type(input.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32),
-        n(input.size(-1)), mean(reduction == "mean") {
+        n(input.size(-1)),
+        mean(reduction == "mean") {
     const int64_t rows = input.numel / n;
     loss = input.new_empty({mean ? 1 : rows}, type);
     const py::object shape = mean ? py::object(py::tuple())
-                                  : py::object(input.object.attr("shape")[py::slice(
-                                        py::none(), py::int_(-1), py::none())]);
+                                  : py::object(input.object.attr(
+                                        "shape")[py::slice(py::none(), py::int_(-1), py::none())]);
     loss.object = loss.object.attr("view")(shape);
     slope_x = wants[0] ? empty_like(input, type) : input.new_empty({0}, type);
     slope_y = wants[1] ? empty_like(target, type) : target.new_empty({0}, type);
@@ -356,10 +373,14 @@ std::tuple<Tensor, Tensor, Tensor> spectral_loss_forward(
   dispatch_floating(input.dtype, [&](auto element) {
     using In = decltype(element);
     using T = std::conditional_t<std::is_same_v<In, double>, double, float>;
-    const Signals<T, In> signals{input.as<In>(), target.as<In>(),
+    const Signals<T, In> signals{input.as<In>(),
+                                 target.as<In>(),
                                  wants[0] ? out.slope_x.as<T>() : nullptr,
                                  wants[1] ? out.slope_y.as<T>() : nullptr,
-                                 out.batch_x, out.batch_y, out.channels, out.n};
+                                 out.batch_x,
+                                 out.batch_y,
+                                 out.channels,
+                                 out.n};
     if (batch_mean) {
       batch_means(signals, options, weights, threads, out.loss.as<T>());
     } else {
@@ -401,12 +422,15 @@ std::tuple<Tensor, Tensor, Tensor> spectral_loss_forward_cuda(
     const std::string& norm, bool onesided, const std::string& reduction,
     const std::vector<bool>& wants) {
   const Outputs out(input, target, weight, batch_mean, reduction, wants);
-  const SpectralCall call{
-      {input.data, wants[0] ? out.slope_x.as<float>() : nullptr, out.batch_x},
-      {target.data, wants[1] ? out.slope_y.as<float>() : nullptr, out.batch_y},
-      out.channels, out.n, input.dtype,
-      {kind_of(kind), distance == "l1", eps, norm_scale(norm, out.n)},
-      onesided, out.mean, weight ? weight->as<float>() : nullptr};
+  const SpectralCall call{{input.data, wants[0] ? out.slope_x.as<float>() : nullptr, out.batch_x},
+                          {target.data, wants[1] ? out.slope_y.as<float>() : nullptr, out.batch_y},
+                          out.channels,
+                          out.n,
+                          input.dtype,
+                          {kind_of(kind), distance == "l1", eps, norm_scale(norm, out.n)},
+                          onesided,
+                          out.mean,
+                          weight ? weight->as<float>() : nullptr};
   const int64_t size = batch_mean ? spectral_batch_scratch(call) : spectral_pairs_scratch(call);
   const Tensor scratch = input.new_empty({size}, Dtype::kFloat32);
   const Place place = place_of(input);

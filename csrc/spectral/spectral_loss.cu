@@ -1,12 +1,12 @@
 // spectral_loss on the device: input, target (rows, n) -> loss () or (rows,), slopes (rows, n).
 //
-// Pairs, one launch and a sum: a block holds some rows of both signals in shared memory (rows times n
-// up to 2,048), transforms, compares and transforms back; 12 bytes of traffic per sample. Teams of
-// threads own rows where a row's loss is summed.
-// Batch averages, three launches: rows transformed and |X| added over a block's rows, partial sums to
-// memory; one block adds them (float64, in order), takes logarithms, writes the loss and a factor per
-// bin; rows transformed again, multiplied and transformed back. Transforming again reads 4 bytes a
-// sample where keeping the spectra would write and read 8.
+// Pairs, one launch and a sum: a block holds some rows of both signals in shared memory (rows times
+// n up to 2,048), transforms, compares and transforms back; 12 bytes of traffic per sample. Teams
+// of threads own rows where a row's loss is summed. Batch averages, three launches: rows
+// transformed and |X| added over a block's rows, partial sums to memory; one block adds them
+// (float64, in order), takes logarithms, writes the loss and a factor per bin; rows transformed
+// again, multiplied and transformed back. Transforming again reads 4 bytes a sample where keeping
+// the spectra would write and read 8.
 #include "common/fft.cuh"
 #include "common/numeric.cuh"
 #include "spectral/cuda.h"
@@ -111,15 +111,16 @@ __device__ __forceinline__ float compare(const Shape& s, float slope, float2& x,
 
 template <class In>
 __global__ void __launch_bounds__(kThreads)
-    spectral_pairs_kernel(const __grid_constant__ Shape shape, const In* x, const In* y, float* slope_x, float* slope_y,
-                          const float* weight, bool onesided, float share, float* losses) {
+    spectral_pairs_kernel(const __grid_constant__ Shape shape, const In* x, const In* y,
+                          float* slope_x, float* slope_y, const float* weight, bool onesided,
+                          float share, float* losses) {
   DASHPOT_DYNAMIC_SHARED(float2, shared);
   __shared__ float partial[kThreads / 32];
   const Layout at(shared, shape);
   const int m = shape.fft.n, pitch = pitch_of(m);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * shape.group, n = 2 * int64_t{m};
-  const int count = static_cast<int>(
-      shape.rows - first < shape.group ? shape.rows - first : int64_t{shape.group});
+  const int count = static_cast<int>(shape.rows - first < shape.group ? shape.rows - first
+                                                                      : int64_t{shape.group});
   block_fft_tables(shape.fft, at.roots, at.place);
   for (int g = 0; g < count; ++g) {
     const In *from = x + (first + g) * n, *other = y + (first + g) * n;
@@ -188,8 +189,8 @@ __global__ void __launch_bounds__(kThreads)
 // levels, sums (channels, groups, F).
 template <class In>
 __global__ void __launch_bounds__(kThreads)
-    spectral_batch_kernel(const __grid_constant__ Shape shape, const In* from, int64_t batch, float* sums,
-                          const float* factors, float* slope) {
+    spectral_batch_kernel(const __grid_constant__ Shape shape, const In* from, int64_t batch,
+                          float* sums, const float* factors, float* slope) {
   DASHPOT_DYNAMIC_SHARED(float2, shared);
   const Layout at(shared, shape);
   const int m = shape.fft.n, pitch = pitch_of(m), bins = m + 1;
@@ -240,8 +241,9 @@ struct BatchSums {
 
 // One block: means, loss, and both sides' factors (channels, F).
 __global__ void __launch_bounds__(kThreads)
-    spectral_factors_kernel(const __grid_constant__ Shape shape, BatchSums sums, int64_t channels, const float* weight,
-                            bool onesided, float* factors_x, float* factors_y, float* loss) {
+    spectral_factors_kernel(const __grid_constant__ Shape shape, BatchSums sums, int64_t channels,
+                            const float* weight, bool onesided, float* factors_x, float* factors_y,
+                            float* loss) {
   __shared__ double totals[kThreads];
   const int m = shape.fft.n, bins = m + 1;
   double total = 0;
@@ -264,7 +266,8 @@ __global__ void __launch_bounds__(kThreads)
     const double gap = u - v, sign = gap > 0 ? 1.0 : gap < 0 ? -1.0 : 0.0;
     const double h = bin_weight(k, m, onesided, weight) / static_cast<double>(channels);
     total += h * (shape.l1 ? sign * gap : gap * gap);
-    const double slope = h * shape.scale * (k > 0 && k < m ? 0.5 : 1.0) * (shape.l1 ? sign : 2 * gap);
+    const double slope =
+        h * shape.scale * (k > 0 && k < m ? 0.5 : 1.0) * (shape.l1 ? sign : 2 * gap);
     factors_x[i] = static_cast<float>(slope * du / static_cast<double>(sums.batch_x));
     factors_y[i] = static_cast<float>(-slope * dv / static_cast<double>(sums.batch_y));
   }
@@ -280,8 +283,14 @@ Shape shape_of(const SpectralCall& call) {
   const SpectralOptions& o = call.options;
   int group = 1;
   while (group < kMostRows && 2 * group * call.n <= kSamples) group *= 2;
-  return {block_fft_plan(static_cast<int>(call.n / 2)), call.x.batch * call.channels, group,
-          static_cast<float>(o.scale), o.power(), o.log(), o.l1, o.kind == kComplex,
+  return {block_fft_plan(static_cast<int>(call.n / 2)),
+          call.x.batch * call.channels,
+          group,
+          static_cast<float>(o.scale),
+          o.power(),
+          o.log(),
+          o.l1,
+          o.kind == kComplex,
           static_cast<float>(o.eps)};
 }
 
@@ -333,12 +342,14 @@ void spectral_batch_cuda(const SpectralCall& call, float* scratch, float* loss, 
   const auto on = static_cast<cudaStream_t>(stream);
   const Shape shape = shape_of(call);
   const int64_t entries = call.channels * (call.n / 2 + 1);
-  const int64_t groups_x = groups_of(call.x.batch, shape), groups_y = groups_of(call.y.batch, shape);
+  const int64_t groups_x = groups_of(call.x.batch, shape),
+                groups_y = groups_of(call.y.batch, shape);
   float *factors_x = scratch, *factors_y = scratch + entries;
   float *sums_x = scratch + 2 * entries, *sums_y = sums_x + groups_x * entries;
   dispatch_narrow(call.dtype, [&](auto element) {
     using In = decltype(element);
-    const auto run = [&](const DeviceSide& side, int64_t groups, float* sums, const float* factors) {
+    const auto run = [&](const DeviceSide& side, int64_t groups, float* sums,
+                         const float* factors) {
       launch(&spectral_batch_kernel<In>,
              dim3(static_cast<unsigned>(groups), static_cast<unsigned>(call.channels)),
              dim3(kThreads), shared_bytes(shape, 1), on, shape, static_cast<const In*>(side.from),

@@ -36,9 +36,14 @@ def test_vector():
     y = torch.tensor([[0.0, 1, 1], [2, -1, 0]]).double()[None, None]
     loss = dashpot.focal_frequency_loss(x, y)
     assert loss.item() == pytest.approx(2.3670070847387485, rel=1e-13)
-    want = [[0.4179009028, 0.2257873271, -0.5369361274], [-0.5820990972, -0.1075460062, 0.7963972059]]
+    want = [
+        [0.4179009028, 0.2257873271, -0.5369361274],
+        [-0.5820990972, -0.1075460062, 0.7963972059],
+    ]
     (grad,) = torch.autograd.grad(loss, x)
-    torch.testing.assert_close(grad[0, 0], torch.tensor(want, dtype=torch.float64), rtol=0, atol=3e-8)
+    torch.testing.assert_close(
+        grad[0, 0], torch.tensor(want, dtype=torch.float64), rtol=0, atol=3e-8
+    )
 
 
 @pytest.mark.peers
@@ -133,7 +138,9 @@ def test_sixteen_bits(loss_of, dtype):
     torch.testing.assert_close(loss, want)
     (grad,) = torch.autograd.grad(loss, x)
     assert grad.dtype == dtype
-    torch.testing.assert_close(grad, torch.autograd.grad(want, wide)[0].to(dtype), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(
+        grad, torch.autograd.grad(want, wide)[0].to(dtype), rtol=1e-2, atol=1e-6
+    )
 
 
 def test_float32_against_float64(loss_of):

@@ -56,7 +56,9 @@ def test_full_output_is_auraloss():
 def test_is_the_mean_of_its_resolutions(backend64, rows, t, seed):
     x, y = signals(rows, t, seed=seed)
     got = dashpot.multi_resolution_stft_loss(x, y, **SMALL, w_lin=0.5)
-    each = [dashpot.stft_loss(x, y, *sizes, w_lin=0.5) for sizes in zip(*SMALL.values(), strict=True)]
+    each = [
+        dashpot.stft_loss(x, y, *sizes, w_lin=0.5) for sizes in zip(*SMALL.values(), strict=True)
+    ]
     want = sum(each) / 3
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
     for one, other in zip(torch.autograd.grad(got, [x, y]), torch.autograd.grad(want, [x, y]),

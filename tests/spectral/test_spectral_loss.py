@@ -63,10 +63,14 @@ def test_vectors(options, value, grad_x):
     assert loss.item() == pytest.approx(value, rel=1e-13)
     got, of_target = torch.autograd.grad(loss, [x, y])
     if grad_x is not None:
-        torch.testing.assert_close(got[0], torch.tensor(grad_x, dtype=torch.float64), rtol=0, atol=2e-8)
+        torch.testing.assert_close(
+            got[0], torch.tensor(grad_x, dtype=torch.float64), rtol=0, atol=2e-8
+        )
     if options == {"batch_mean": True}:
         want = [-0.1684041286, -0.0821116951, 0.1365931395, 0.1827131073, 0.0041807383]
-        torch.testing.assert_close(of_target[0], torch.tensor(want, dtype=torch.float64), rtol=0, atol=2e-8)
+        torch.testing.assert_close(
+            of_target[0], torch.tensor(want, dtype=torch.float64), rtol=0, atol=2e-8
+        )
 
 
 @pytest.mark.parametrize("shape", [(5, 200), (3, 7), (17, 48)])
@@ -226,7 +230,9 @@ def test_length_one_axis_is_warned_of():
 
 def test_empty_batch_is_nan():
     x = torch.zeros(0, 8)
-    assert dashpot.spectral_loss(x, x).isnan() and dashpot.spectral_loss(x, x, batch_mean=True).isnan()
+    assert (
+        dashpot.spectral_loss(x, x).isnan() and dashpot.spectral_loss(x, x, batch_mean=True).isnan()
+    )
     assert dashpot.spectral_loss(x, x, reduction="none").shape == (0,)
 
 
@@ -247,7 +253,9 @@ def test_sixteen_bits(loss_of, dtype):
     want = loss_of(wide, y.float())
     assert loss.dtype == torch.float32 and grad.dtype == dtype
     torch.testing.assert_close(loss, want)
-    torch.testing.assert_close(grad, torch.autograd.grad(want, wide)[0].to(dtype), rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(
+        grad, torch.autograd.grad(want, wide)[0].to(dtype), rtol=1e-2, atol=1e-6
+    )
 
 
 def test_gradient_penalty(loss_of):
@@ -319,3 +327,15 @@ def test_errors(change, error, words):
     arguments = {"input": torch.zeros(3, 8), "target": torch.zeros(3, 8), **change}
     with pytest.raises(error, match=re.escape(words)):
         dashpot.spectral_loss(**arguments)
+
+
+def test_a_slope_that_was_not_asked_for_is_formed_late(backend64):
+    """Whoever calls the registered op with `wants` False still gets the gradient."""
+    from dashpot.spectral.spectral_loss import SPECTRAL_LOSS
+
+    args = [*SPECTRAL_LOSS.inputs(("log", 4, 16), torch.float64, backend64.device, 0)]
+    args[:2] = [one.requires_grad_() for one in args[:2]]
+    want = torch.autograd.grad(SPECTRAL_LOSS(*args).sum(), args[:2])
+    for wants in ([False, False], [True, False]):
+        got = torch.autograd.grad(SPECTRAL_LOSS(*args[:-1], wants).sum(), args[:2])
+        torch.testing.assert_close(got, want)

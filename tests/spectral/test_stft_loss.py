@@ -31,7 +31,9 @@ def test_vector(backend64):
     for value in (loss, dashpot.stft_loss(x, y, 8, 3, 6)):
         (grad,) = torch.autograd.grad(value, x)
         want = [-0.1656435856, -0.1013273514, -0.1209377695]
-        torch.testing.assert_close(grad[0, :3], torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-10)
+        torch.testing.assert_close(
+            grad[0, :3], torch.tensor(want, dtype=torch.float64), rtol=0, atol=1e-10
+        )
         assert grad[0, -1].item() == pytest.approx(0.0346281509, abs=1e-10)
 
 

@@ -41,7 +41,9 @@ def check_constant(value, name: str, like: Tensor) -> Tensor:
     """A tensor that no gradient flows to, in the dtype of the computation."""
     check_tensor(value, name)
     if value.requires_grad:
-        raise ValueError(f"{name}: expected a tensor without requires_grad: no gradient flows to it")
+        raise ValueError(
+            f"{name}: expected a tensor without requires_grad: no gradient flows to it"
+        )
     if value.device != like.device:
         raise ValueError(f"{name}: expected a tensor on {like.device}, got {value.device}")
     return value.to(work_dtype(like.dtype)).contiguous()
@@ -88,6 +90,21 @@ def with_slopes(
     found, outs = torch.func.grad(total, argnums=places, has_aux=True)(*map(wide, signals))
     slopes = dict(zip(places, found, strict=True))
     return outs, [slopes.get(i, empty[i]) for i in range(len(signals))]
+
+
+def needed_slopes(
+    reference: Callable, args: tuple, slopes: tuple[Tensor, Tensor], needs_grad: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """The slopes of input and target; one that is needed though the forward was not asked for it
+    (`wants`, the last of args) is formed now."""
+    missing = [
+        need and slope.numel() == 0 and signal.numel() > 0
+        for need, slope, signal in zip(needs_grad, slopes, args, strict=False)
+    ]
+    if not any(missing):
+        return slopes
+    formed = reference(*args[:-1], missing)[1:]
+    return tuple(new if m else old for m, new, old in zip(missing, formed, slopes, strict=True))
 
 
 def random_signals(shape, dtype, device, seed) -> tuple[Tensor, Tensor]:
