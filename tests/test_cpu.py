@@ -31,6 +31,8 @@ def test_every_kernel(isa, name, dtype):
     op = REGISTRY[name]
     for size in op.sizes["test"]:
         args = op.inputs(size, dtype, torch.device("cpu"), 0)
+        if op.reason("cpp", op._flatten(args)[0], args):
+            continue  # tests/test_every_op.py has the refusal
         verdict = _check.compare(op, "cpp", args)
         assert verdict.ok, f"{size}: {verdict}"
 

@@ -156,6 +156,8 @@ def test_strides(case, layout):
     function = case.op if isinstance(case.op, Chain) else case.op.forward_op
     with case.forced():
         outputs = function(*args)
+    if not isinstance(case.op, Chain):
+        outputs = case.op._public(outputs)  # the registered op returns residuals too
     case.judge(outputs, moved(args, lambda tensor: tensor.clone().contiguous()))
 
 
@@ -182,7 +184,7 @@ def test_second_derivative(case):
     """Right, or refused in words; the reference always has one."""
     function, tensors = with_gradient(case, case.inputs())
     with case.forced():
-        if case.op._plan.residual_free or not case.is_kernel:
+        if case.op._twice_differentiable() or not case.is_kernel:
             assert torch.autograd.gradgradcheck(function, tensors)
             return
         outputs = [output.sum() for output in function(*tensors)]

@@ -119,6 +119,13 @@ struct Tensor {
   }
 };
 
+// An uninitialised, contiguous tensor of another one's shape.
+inline Tensor empty_like(const Tensor& like, Dtype type) {
+  Tensor tensor = like.new_empty({like.numel}, type);
+  tensor.object = tensor.object.attr("view")(like.object.attr("shape"));
+  return tensor;
+}
+
 // Where a CUDA kernel runs: torch's current stream of a tensor's device, read on every call.
 struct Place {
   int device;

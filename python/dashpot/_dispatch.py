@@ -65,6 +65,7 @@ class _Plan:
 
     gives: list[int] = field(default_factory=list)  # which forward argument each gradient is of
     residual_free: bool = True  # uses no forward output, so its formula can be differentiated
+    complete: bool = False  # names every forward argument, so the reference can be run again
 
 
 class Op:
@@ -267,6 +268,9 @@ class Op:
         plan.gives = [
             self.arguments.index(out.name.removeprefix("grad_")) for out in schema.returns
         ]
+        plan.complete = len(set(named)) == len(self.arguments) and not (
+            self._lists.intersection(plan.gives)
+        )
         return plan
 
     def _save(self, ctx, kernel: Kernel | None, args: Sequence, outs: Sequence) -> None:
@@ -301,6 +305,35 @@ class Op:
         outs = {i: next(saved) for i in plan.saved_outs}
         sources = {"grad": grads, "arg": args, "out": outs, "needs": [needs]}
         return [sources[kind][i] for kind, i in plan.takes]
+
+    def _twice_differentiable(self) -> Callable | None:
+        """A backward that autograd can differentiate again, if there is one: the formula where it
+        uses no forward output, else what autograd derives from the reference."""
+        if self._plan.residual_free:
+            return self.reference_backward
+        return self._rerun_backward if self._plan.complete else None
+
+    def _rerun_backward(self, *args):
+        """Takes and gives what `<op>_backward` does: the reference run again on the saved
+        arguments, and autograd's derivative of that."""
+        forward, grads, needs = [None] * len(self.arguments), {}, []
+        for (kind, i), value in zip(self._plan.takes, args, strict=True):
+            if kind == "arg":
+                forward[i] = value
+            elif kind == "grad":
+                grads[i] = value
+            elif kind == "needs":
+                needs = value
+        out = self._run_reference(*forward)
+        out = out if isinstance(out, tuple) else (out,)
+        recorded = [i for i in grads if out[i].requires_grad]
+        wanted = [i for i in self._plan.gives if needs[self._slots.index(i)]]
+        found = torch.autograd.grad(
+            [out[i] for i in recorded], [forward[i] for i in wanted],
+            [grads[i] for i in recorded], create_graph=True, allow_unused=True,
+        )  # fmt: skip
+        by_argument = dict(zip(wanted, found, strict=True))
+        return tuple(by_argument.get(i) for i in self._plan.gives)
 
     def _filled(self, function: Callable) -> Callable:
         """A backward whose gradients left out (None) become empty: a schema has no None."""
@@ -348,6 +381,9 @@ class Op:
         needs = [_any(ctx.needs_input_grad[i]) for i in self._slots]
         out = self.backward_op(*self._backward_args(ctx, grads, needs))
         result = [None] * ctx.count
+        for i, count in zip(self._slots, ctx.call[2], strict=True):
+            if i in self._lists:
+                result[i] = [None] * count  # torch wants the argument's structure, empty lists too
         for i, grad in zip(
             self._plan.gives, out if isinstance(out, tuple) else (out,), strict=True
         ):
@@ -392,12 +428,12 @@ class _Differentiable(torch.autograd.Function):
         op, kernel, counts, _ = ctx.call
         run = kernel.backward or op.reference_backward
         if _is_grad_enabled():  # create_graph=True
-            if not op._plan.residual_free:
+            run = op._twice_differentiable()
+            if run is None:
                 raise RuntimeError(
                     f"{op.name} has no second derivative on backend {kernel.name!r}; "
                     'use `with dashpot.backend("reference")` for the forward'
                 )
-            run = op.reference_backward
         needs, start = [], 3
         for count in counts:
             needs.append(any(ctx.needs_input_grad[start : start + count]))

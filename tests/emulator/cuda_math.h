@@ -31,6 +31,11 @@ inline DashpotCommon<A, B> max(A a, B b) {
 inline float rsqrtf(float x) { return static_cast<float>(1 / sqrt(static_cast<double>(x))); }
 inline double rsqrt(double x) { return 1 / sqrt(x); }
 inline float rsqrt(float x) { return rsqrtf(x); }
+inline float sinpif(float x) { return static_cast<float>(sin(M_PI * static_cast<double>(x))); }
+inline void sincospif(float x, float* sine, float* cosine) {
+  *sine = static_cast<float>(sin(M_PI * static_cast<double>(x)));
+  *cosine = static_cast<float>(cos(M_PI * static_cast<double>(x)));
+}
 inline float rcbrtf(float x) { return 1 / cbrtf(x); }
 inline float fdividef(float x, float y) { return x / y; }
 inline float __fdividef(float x, float y) { return x / y; }

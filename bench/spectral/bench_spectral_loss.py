@@ -1,0 +1,46 @@
+"""spectral_loss, forward and backward: the paper's loss on batches of gaze windows (rows, samples), and
+pairs of the same; against plain PyTorch, eager and compiled, and the bare transforms."""
+
+import torch
+from dashpot._measure import Peer
+from dashpot.spectral.spectral_loss import SPECTRAL_LOSS
+
+OP = "spectral_loss"
+SIZES = {
+    torch.float32: [
+        ("train paper", 128, 2000), ("train paper", 128, 200), ("train paper", 512, 256),
+        ("train paper", 1024, 1000), ("train log power", 128, 2000),
+    ],
+    torch.bfloat16: [("train paper", 128, 2000)],
+}  # fmt: skip
+GRADIENT = (0,)
+FLOOR = SPECTRAL_LOSS.floor  # both signals read, one gradient written
+
+
+def plain(input, target, weight, kind, distance, batch_mean, eps, norm, *_):
+    """As the official code: the full complex transform."""
+    levels = []
+    for signal in (input.float(), target.float()):
+        a = torch.fft.fft(signal, norm=norm).abs()
+        a = a.square() if kind == "log_power" else a
+        levels.append(((a.mean(0) if batch_mean else a) + eps).log())
+    return (levels[0] - levels[1]).square().mean()
+
+
+def transforms(input, target, *_):
+    """Both signals forward, one back: nothing that computes the loss by FFT can do without."""
+    x, _ = torch.fft.rfft(input.detach().float()), torch.fft.rfft(target.float())
+    return torch.fft.irfft(x, n=input.shape[-1])
+
+
+PEERS = {
+    "torch.fft": Peer(plain),
+    "torch.compile": Peer(
+        torch.compile(plain), lambda size, *_: size == ("train paper", 128, 2000)
+    ),
+    "bare transforms": Peer(transforms, checked=False),
+}
+
+
+def test_spectral_loss(measure):
+    measure()

@@ -1,0 +1,365 @@
+// multi_resolution_stft_loss on the device: input, target (rows, T) -> loss, slopes (rows, T).
+//
+// Frames are never in memory. First pass, per resolution: a block takes some neighbouring frames of
+// a row from the signals (edges mirrored, windowed, in shared memory), transforms them and writes
+// four partial sums. One block then adds those (float64, in order) and writes the loss and, per
+// example, what the first term's derivative is multiplied with. Second pass: a block owns a segment
+// of a row, transforms the frames that touch it again, turns their bins into derivatives,
+// transforms back and adds windowed samples up in shared memory: no atomics, one order. The last
+// kernel adds resolutions and folds mirrored samples back. A segment is four windows long, so a
+// quarter of the frames are transformed twice. Memory: the padded slopes of R resolutions.
+#include <algorithm>
+
+#include "common/fft.cuh"
+#include "common/numeric.cuh"
+#include "spectral/cuda.h"
+
+namespace dashpot::spectral {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kSamples = 2048;  // of a signal in a block, if frames are shorter
+constexpr int kMostFrames = 8;
+constexpr int kSums = 4;  // (m_x - m_y)^2, m_y^2, log, linear
+
+struct Frames {
+  BlockFft fft;  // of half of n_fft
+  int hop, length, group;
+  int64_t rows, t, frames, begin;  // begin: first sample of the first frame's window, may be < 0
+  const float* window;             // (length,) or null: periodic Hann
+  float power_floor;
+  bool l2, log, linear;
+};
+
+struct Bins {
+  float2 x, y;  // X / m_x, Y / m_y, or 0 below the floor
+  float m_x, m_y, gap, over, step;
+};
+
+__device__ __forceinline__ Bins compare(const Frames& f, float2 x, float2 y, float counts,
+                                        float (&sums)[kSums]) {
+  const float power_x = x.x * x.x + x.y * x.y, power_y = y.x * y.x + y.y * y.y;
+  Bins b;
+  b.m_x = sqrtf(fmaxf(power_x, f.power_floor));
+  b.m_y = sqrtf(fmaxf(power_y, f.power_floor));
+  const float back_x = power_x < f.power_floor ? 0.f : 1.f / b.m_x;
+  const float back_y = power_y < f.power_floor ? 0.f : 1.f / b.m_y;
+  b.x = make_float2(x.x * back_x, x.y * back_x);
+  b.y = make_float2(y.x * back_y, y.y * back_y);
+  b.gap = b.m_x - b.m_y;
+  const float sign = b.gap > 0.f ? 1.f : b.gap < 0.f ? -1.f : 0.f;
+  const float ratio = f.log ? logf(b.m_x / b.m_y) : 0.f;
+  b.over = f.l2 ? 2.f * ratio : sign;
+  b.step = f.l2 ? 2.f * b.gap : sign;
+  sums[0] += counts * b.gap * b.gap;
+  sums[1] += counts * b.m_y * b.m_y;
+  sums[2] += counts * (f.l2 ? ratio * ratio : sign * ratio);
+  sums[3] += counts * (f.l2 ? b.gap * b.gap : sign * b.gap);
+  return b;
+}
+
+__device__ __forceinline__ int64_t mirrored(int64_t t, int64_t length) {
+  if (t < 0) t = -t;
+  return t < length ? t : 2 * (length - 1) - t;
+}
+
+__device__ __forceinline__ float window_at(const Frames& f, int t) {
+  if (f.window != nullptr) return f.window[t];
+  const float s = sinpif(static_cast<float>(t) / static_cast<float>(f.length));
+  return s * s;
+}
+
+// Tables, the window and two groups of frames.
+struct Layout {
+  float2* roots;
+  unsigned short* place;
+  float2 *x, *y;
+  float *window, *sum;
+  __device__ Layout(float2* shared, const Frames& f)
+      : roots(shared), place(reinterpret_cast<unsigned short*>(shared + f.fft.n)) {
+    x = shared + f.fft.n + (f.fft.n + 3) / 4;
+    y = x + f.group * pitch_of(f.fft.n);
+    window = reinterpret_cast<float*>(y + f.group * pitch_of(f.fft.n));
+    sum = window + f.length;
+  }
+};
+
+int64_t shared_bytes(const Frames& f, int segment) {
+  const int64_t n = f.fft.n;
+  return (n + (n + 3) / 4 + 2 * f.group * pitch_of(static_cast<int>(n))) *
+             static_cast<int64_t>(sizeof(float2)) +
+         (f.length + segment) * static_cast<int64_t>(sizeof(float));
+}
+
+__device__ __forceinline__ void tables(const Frames& f, const Layout& at) {
+  for (int t = threadIdx.x; t < f.length; t += kThreads) at.window[t] = window_at(f, t);
+  block_fft_tables(f.fft, at.roots, at.place);
+}
+
+// Frames first, first + 1, ... of a row, windowed; zeros follow the window.
+template <class In>
+__device__ __forceinline__ void load_frames(const Frames& f, const In* row, int64_t first,
+                                            int count, const float* window, float2* to) {
+  const int n = 2 * f.fft.n, pitch = pitch_of(f.fft.n);
+  for (int i = threadIdx.x; i < count * n; i += kThreads) {
+    const int frame = i / n, t = i - frame * n;
+    float value = 0.f;
+    if (t < f.length) {
+      const int64_t at = mirrored(f.begin + (first + frame) * f.hop + t, f.t);
+      value = device_cast<float>(row[at]) * window[t];
+    }
+    float2* pair = to + frame * pitch + padded(t / 2);
+    (t % 2 ? pair->y : pair->x) = value;
+  }
+}
+
+template <class In>
+__device__ __forceinline__ void transform_frames(const Frames& f, const In* x, const In* y,
+                                                 int64_t row, int64_t first, int count,
+                                                 const Layout& at) {
+  load_frames(f, x + row * f.t, first, count, at.window, at.x);
+  load_frames(f, y + row * f.t, first, count, at.window, at.y);
+  __syncthreads();
+  block_fft<false>(at.x, count, f.fft, at.roots);
+  block_fft<false>(at.y, count, f.fft, at.roots);
+}
+
+// Grid: (groups of frames, rows). sums (rows, groups, 4).
+template <class In>
+__global__ void __launch_bounds__(kThreads)
+    stft_sums_kernel(const __grid_constant__ Frames f, const In* x, const In* y, float* sums) {
+  DASHPOT_DYNAMIC_SHARED(float2, shared);
+  __shared__ float partial[kSums][kThreads / 32];
+  const Layout at(shared, f);
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * f.group, row = blockIdx.y;
+  const int m = f.fft.n, pitch = pitch_of(m);
+  const int count =
+      static_cast<int>(f.frames - first < f.group ? f.frames - first : int64_t{f.group});
+  tables(f, at);
+  transform_frames(f, x, y, row, first, count, at);
+  float total[kSums] = {};
+  const int pairs = m / 2 + 1;
+  for (int i = threadIdx.x; i < count * pairs; i += kThreads) {
+    const int frame = i / pairs, k = i - frame * pairs;
+    const PairOfBins a = split_bins(at.x + frame * pitch, at.place, at.roots, m, k);
+    const PairOfBins b = split_bins(at.y + frame * pitch, at.place, at.roots, m, k);
+    compare(f, a.low, b.low, 1.f, total);
+    compare(f, a.high, b.high, 2 * k == m ? 0.f : 1.f, total);
+  }
+#pragma unroll
+  for (int s = 0; s < kSums; ++s) {
+    for (int half = 16; half > 0; half /= 2) {
+      total[s] += __shfl_down_sync(0xffffffffu, total[s], half);
+    }
+    if (threadIdx.x % 32 == 0) partial[s][threadIdx.x / 32] = total[s];
+  }
+  __syncthreads();
+  if (threadIdx.x < kSums) {
+    float all = 0.f;
+    for (int w = 0; w < kThreads / 32; ++w) all += partial[threadIdx.x][w];
+    sums[(row * gridDim.x + blockIdx.x) * kSums + threadIdx.x] = all;
+  }
+}
+
+// One block per resolution's call: adds the partial sums per example, adds to losses (each,), and
+// writes factors (E, 2): of m_x - m_y and of m_y.
+__global__ void __launch_bounds__(kThreads)
+    stft_finish_kernel(const float* sums, int64_t groups, const __grid_constant__ StftTerms terms,
+                       bool first, float* factors, float* losses) {
+  __shared__ double part[kThreads][kSums + 1];  // the last: examples' first terms
+  __shared__ double batch[kSums + 1];
+  const int64_t per_example = terms.channels * groups;
+  double all[kSums + 1] = {};
+  // Each example's sums by one thread, in order.
+  for (int64_t e = threadIdx.x; e < terms.examples; e += kThreads) {
+    double own[kSums] = {};
+    for (int64_t i = 0; i < per_example; ++i) {
+      for (int s = 0; s < kSums; ++s) own[s] += sums[(e * per_example + i) * kSums + s];
+    }
+    for (int s = 0; s < kSums; ++s) all[s] += own[s];
+    const double gap = sqrt(own[0]), norm = sqrt(own[1]);
+    const double weight = terms.none ? 1.0 : 1.0 / static_cast<double>(terms.examples);
+    factors[2 * e] = static_cast<float>(gap > 0 ? weight / (gap * norm) : 0.0);
+    factors[2 * e + 1] = static_cast<float>(weight * gap / (norm * norm * norm));
+    all[kSums] += weight * gap / norm;
+    const double loss = terms.gap * gap / norm + terms.log * own[2] + terms.linear * own[3];
+    if (terms.none) losses[e] = static_cast<float>((first ? 0.0 : losses[e]) + loss);
+  }
+  if (terms.none) return;
+  for (int s = 0; s <= kSums; ++s) part[threadIdx.x][s] = all[s];
+  __syncthreads();
+  if (threadIdx.x <= kSums) {
+    double total = 0;
+    for (int i = 0; i < kThreads; ++i) total += part[i][threadIdx.x];
+    batch[threadIdx.x] = total;
+  }
+  __syncthreads();
+  const double gap = sqrt(batch[0]), norm = sqrt(batch[1]);
+  if (terms.together) {
+    for (int64_t e = threadIdx.x; e < terms.examples; e += kThreads) {
+      factors[2 * e] = static_cast<float>(gap > 0 ? 1.0 / (gap * norm) : 0.0);
+      factors[2 * e + 1] = static_cast<float>(gap / (norm * norm * norm));
+    }
+  }
+  if (threadIdx.x != 0) return;
+  const double ratio = terms.together ? gap / norm : batch[kSums];
+  const double loss = terms.gap * ratio + terms.log * batch[2] + terms.linear * batch[3];
+  *losses = static_cast<float>((first ? 0.0 : *losses) + loss);
+}
+
+// Grid: (segments, rows). slopes: (rows, span) of positions from f.begin on; may be null.
+template <class In>
+__global__ void __launch_bounds__(kThreads)
+    stft_slopes_kernel(const __grid_constant__ Frames f, const In* x, const In* y,
+                       const __grid_constant__ StftTerms terms, const float* factors, bool target,
+                       int segment, int64_t span, float* slopes) {
+  DASHPOT_DYNAMIC_SHARED(float2, shared);
+  const Layout at(shared, f);
+  const int64_t start = static_cast<int64_t>(blockIdx.x) * segment, row = blockIdx.y;
+  const int m = f.fft.n, pitch = pitch_of(m), pairs = m / 2 + 1;
+  const int size = static_cast<int>(span - start < segment ? span - start : int64_t{segment});
+  const int64_t example = row / terms.channels;
+  const float side = target ? -1.f : 1.f;
+  const float of_gap = side * terms.gap * factors[2 * example];
+  const float of_norm = target ? -terms.gap * factors[2 * example + 1] : 0.f;
+  const float of_log = side * terms.log, of_linear = side * terms.linear;
+  for (int i = threadIdx.x; i < size; i += kThreads) at.sum[i] = 0.f;
+  tables(f, at);
+  // Frames k with k hop < start + size and k hop + length > start.
+  const int64_t from = start < f.length ? 0 : (start - f.length) / f.hop + 1;
+  const int64_t last = (start + size - 1) / f.hop;
+  const int64_t end = last < f.frames ? last + 1 : f.frames;
+  float unused[kSums] = {};
+  for (int64_t first = from; first < end; first += f.group) {
+    const int count = static_cast<int>(end - first < f.group ? end - first : int64_t{f.group});
+    transform_frames(f, x, y, row, first, count, at);
+    for (int i = threadIdx.x; i < count * pairs; i += kThreads) {
+      const int frame = i / pairs, k = i - frame * pairs;
+      float2* own = (target ? at.y : at.x) + frame * pitch;
+      const PairOfBins a = split_bins(at.x + frame * pitch, at.place, at.roots, m, k);
+      const PairOfBins b = split_bins(at.y + frame * pitch, at.place, at.roots, m, k);
+      const auto slope = [&](float2 one, float2 other) {
+        const Bins bin = compare(f, one, other, 0.f, unused);
+        const float level = target ? bin.m_y : bin.m_x;
+        const float d =
+            of_gap * bin.gap + of_norm * level + of_log * bin.over / level + of_linear * bin.step;
+        const float half = k == 0 ? d : 0.5f * d;
+        const float2 z = target ? bin.y : bin.x;
+        return make_float2(half * z.x, half * z.y);
+      };
+      const PairOfBins slopes_of{slope(a.low, b.low), slope(a.high, b.high)};
+      merge_bins(own, at.place, at.roots, m, k, slopes_of);
+    }
+    __syncthreads();
+    float2* own = target ? at.y : at.x;
+    block_fft<true>(own, count, f.fft, at.roots);
+    // A thread owns positions, and adds the group's frames to each in order.
+    for (int i = threadIdx.x; i < size; i += kThreads) {
+      float total = at.sum[i];
+      for (int frame = 0; frame < count; ++frame) {
+        const int64_t t = start + i - (first + frame) * f.hop;
+        if (t < 0 || t >= f.length) continue;
+        const float2 z = own[frame * pitch + padded(static_cast<int>(t / 2))];
+        total += at.window[t] * (t % 2 ? z.y : z.x);
+      }
+      at.sum[i] = total;
+    }
+    __syncthreads();
+  }
+  for (int i = threadIdx.x; i < size; i += kThreads) slopes[row * span + start + i] = at.sum[i];
+}
+
+// slope[t] (+)= what lies at t and at the positions mirrored to it.
+__global__ void __launch_bounds__(kThreads)
+    stft_fold_kernel(const float* slopes, int64_t rows, int64_t t, int64_t begin, int64_t span,
+                     bool first, float* slope) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= rows * t) return;
+  const int64_t row = i / t, at = i - row * t;
+  const float* of = slopes + row * span - begin;
+  float total = first ? 0.f : slope[i];
+  const int64_t after = 2 * (t - 1) - at;
+  if (at >= begin && at < begin + span) total += of[at];
+  if (at > 0 && -at >= begin && -at < begin + span) total += of[-at];
+  if (at < t - 1 && after >= begin && after < begin + span) total += of[after];
+  slope[i] = total;
+}
+
+int group_of(int64_t n_fft) {
+  int group = 1;
+  while (group < kMostFrames && 2 * group * n_fft <= kSamples) group *= 2;
+  return group;
+}
+
+struct Sizes {
+  int64_t frames, groups, span;
+  int segment;
+  Sizes(const StftDeviceCall& call, size_t r)
+      : frames(1 + call.t / call.hops[r]),
+        groups((frames + group_of(call.n_ffts[r]) - 1) / group_of(call.n_ffts[r])),
+        span((frames - 1) * call.hops[r] + call.lengths[r]),
+        segment(static_cast<int>(4 * call.lengths[r])) {}
+};
+
+}  // namespace
+
+int64_t stft_scratch(const StftDeviceCall& call) {
+  int64_t most = 0;
+  for (size_t r = 0; r < call.n_ffts.size(); ++r) {
+    const Sizes sizes(call, r);
+    most = std::max(most, call.rows * (sizes.groups * kSums + sizes.span));
+  }
+  return most + 2 * (call.rows / call.terms[0].channels);
+}
+
+void stft_cuda(const StftDeviceCall& call, float* scratch, float* losses, float* slope_x,
+               float* slope_y, int device, void* stream) {
+  const DeviceGuard guard(device);
+  const auto on = static_cast<cudaStream_t>(stream);
+  for (size_t r = 0; r < call.n_ffts.size(); ++r) {
+    const Sizes sizes(call, r);
+    const int64_t n_fft = call.n_ffts[r], length = call.lengths[r];
+    const int64_t begin = (n_fft - length) / 2 - n_fft / 2;
+    const Frames f{block_fft_plan(static_cast<int>(n_fft / 2)),
+                   static_cast<int>(call.hops[r]),
+                   static_cast<int>(length),
+                   group_of(n_fft),
+                   call.rows,
+                   call.t,
+                   sizes.frames,
+                   begin,
+                   call.windows[r],
+                   call.power_floor,
+                   call.l2,
+                   call.terms[r].log != 0,
+                   call.terms[r].linear != 0};
+    float* factors = scratch;
+    float* sums = factors + 2 * call.terms[r].examples;
+    float* slopes = sums + call.rows * sizes.groups * kSums;
+    const unsigned rows = static_cast<unsigned>(call.rows);
+    dispatch_device(call.dtype, [&](auto element) {
+      using In = decltype(element);
+      if constexpr (!std::is_same_v<In, double>) {  // the binding declines float64
+        const In *x = static_cast<const In*>(call.x), *y = static_cast<const In*>(call.y);
+        launch(&stft_sums_kernel<In>, dim3(static_cast<unsigned>(sizes.groups), rows),
+               dim3(kThreads), shared_bytes(f, 0), on, f, x, y, sums);
+        launch(&stft_finish_kernel, dim3(1), dim3(kThreads), 0, on, static_cast<const float*>(sums),
+               sizes.groups, call.terms[r], r == 0, factors, losses);
+        for (const bool target : {false, true}) {
+          float* slope = target ? slope_y : slope_x;
+          if (slope == nullptr) continue;
+          const int64_t segments = (sizes.span + sizes.segment - 1) / sizes.segment;
+          launch(&stft_slopes_kernel<In>, dim3(static_cast<unsigned>(segments), rows),
+                 dim3(kThreads), shared_bytes(f, sizes.segment), on, f, x, y, call.terms[r],
+                 static_cast<const float*>(factors), target, sizes.segment, sizes.span, slopes);
+          const int64_t blocks = (call.rows * call.t + kThreads - 1) / kThreads;
+          launch(&stft_fold_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, on,
+                 static_cast<const float*>(slopes), call.rows, call.t, begin, sizes.span, r == 0,
+                 slope);
+        }
+      }
+    });
+  }
+}
+
+}  // namespace dashpot::spectral

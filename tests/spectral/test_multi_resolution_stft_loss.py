@@ -1,0 +1,166 @@
+"""multi_resolution_stft_loss: STFT magnitudes at several resolutions."""
+
+from __future__ import annotations
+
+import re
+
+import dashpot
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bench import peers
+
+SMALL = {"n_ffts": (16, 30, 8), "hop_lengths": (5, 7, 3), "win_lengths": (12, 30, 8)}
+
+
+def signals(*shape, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+            for _ in range(2)]  # fmt: skip
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("options", [{}, {"w_lin_mag": 0.5}], ids=str)
+def test_module_is_auraloss(backend, options):
+    """Default sizes, float64: values and gradients, with auraloss' own windows on both sides."""
+    x, y = signals(2, 1, 2600)
+    theirs = peers.load("auraloss.freq").MultiResolutionSTFTLoss(**options)
+    windows = []
+    for one in theirs.stft_losses:
+        one.window = torch.hann_window(one.win_length, dtype=torch.float64)
+        windows.append(one.window)
+    got = dashpot.MultiResolutionSTFTLoss(**options)(x, y)
+    want = theirs(x, y)
+    torch.testing.assert_close(got, want, rtol=1e-13, atol=0)
+    for one, other in zip(torch.autograd.grad(got, [x, y]), torch.autograd.grad(want, [x, y]),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.peers
+def test_full_output_is_auraloss():
+    sizes = ([16, 30], [5, 7], [12, 30])
+    x, y = signals(2, 1, 100, dtype=torch.float32)
+    got = dashpot.MultiResolutionSTFTLoss(*sizes, output="full", w_lin_mag=1.0)(x, y)
+    theirs = peers.load("auraloss.freq").MultiResolutionSTFTLoss
+    want = theirs(*sizes, output="full", w_lin_mag=1.0)(x, y)
+    torch.testing.assert_close(got[0], want[0])
+    for one, other in zip(got[1:4], want[1:4], strict=True):
+        torch.testing.assert_close(torch.stack(one), torch.stack(other))
+    assert got[4] == want[4] == [0.0, 0.0]
+
+
+@given(rows=st.integers(1, 3), t=st.integers(16, 90), seed=st.integers(0, 99))
+def test_is_the_mean_of_its_resolutions(backend64, rows, t, seed):
+    x, y = signals(rows, t, seed=seed)
+    got = dashpot.multi_resolution_stft_loss(x, y, **SMALL, w_lin=0.5)
+    each = [
+        dashpot.stft_loss(x, y, *sizes, w_lin=0.5) for sizes in zip(*SMALL.values(), strict=True)
+    ]
+    want = sum(each) / 3
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
+    for one, other in zip(torch.autograd.grad(got, [x, y]), torch.autograd.grad(want, [x, y]),
+                          strict=True):  # fmt: skip
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
+
+
+def test_per_example(backend64):
+    """reduction="none": each example as if it were alone, channels together."""
+    x, y = signals(3, 2, 90)
+    losses = dashpot.multi_resolution_stft_loss(x, y, **SMALL, reduction="none")
+    assert losses.shape == (3,)
+    alone = [dashpot.multi_resolution_stft_loss(x[i : i + 1], y[i : i + 1], **SMALL)
+             for i in range(3)]  # fmt: skip
+    torch.testing.assert_close(losses, torch.stack(alone), rtol=1e-12, atol=0)
+    weights = torch.tensor([1.0, -2.0, 0.5]).double()
+    got = torch.autograd.grad((losses * weights).sum(), [x, y])
+    want = torch.autograd.grad((torch.stack(alone) * weights).sum(), [x, y])
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-11)
+    mean = dashpot.multi_resolution_stft_loss(x, y, **SMALL, sc_reduction="example")
+    torch.testing.assert_close(mean, losses.mean(), rtol=1e-12, atol=0)
+    batch = dashpot.multi_resolution_stft_loss(x, y, **SMALL)
+    assert abs(batch - mean) > 1e-6
+
+
+def test_terms(backend64):
+    x, y = signals(3, 90)
+    options = {**SMALL, "w_sc": 0.5, "w_log": 2.0, "w_lin": 1.5, "mag_distance": "l2"}
+    loss, *terms = dashpot.multi_resolution_stft_loss(x, y, **options, return_terms=True)
+    want = dashpot.multi_resolution_stft_loss(x, y, **options)
+    torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
+    assert all(term.shape == (3,) for term in terms)
+    total = 0.5 * terms[0] + 2.0 * terms[1] + 1.5 * terms[2]
+    torch.testing.assert_close(total.mean(), want, rtol=1e-12, atol=0)
+    for value in (loss, total.mean()):
+        for one, other in zip(torch.autograd.grad(value, [x, y], retain_graph=True),
+                              torch.autograd.grad(want, [x, y], retain_graph=True),
+                              strict=True):  # fmt: skip
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
+    each = dashpot.multi_resolution_stft_loss(x, y, **options, reduction="none", return_terms=True)
+    assert [tuple(one.shape) for one in each] == [(3,), (3, 3), (3, 3), (3, 3)]
+
+
+def test_floor_has_no_gradient_below(backend64):
+    """A signal whose every power lies below the floor: the loss is there, the gradient is 0."""
+    x, y = signals(2, 60)
+    quiet = (1e-6 * x).detach().requires_grad_()
+    loss = dashpot.multi_resolution_stft_loss(quiet, y, **SMALL, power_floor=1e-3)
+    assert loss > 0.5
+    assert torch.equal(torch.autograd.grad(loss, quiet)[0], torch.zeros_like(quiet))
+
+
+def test_equal_and_silent_signals(backend64):
+    x, _ = signals(2, 60)
+    for one, other in ((x, x.detach().clone()), (torch.zeros_like(x).requires_grad_(), x * 0)):
+        loss = dashpot.multi_resolution_stft_loss(one, other.detach(), **SMALL)
+        assert loss.item() == 0
+        assert torch.equal(torch.autograd.grad(loss, one)[0], torch.zeros_like(one))
+
+
+def test_float32_against_float64(backend):
+    x, y = signals(3, 900)
+    got = dashpot.multi_resolution_stft_loss(
+        *(narrow := [one.detach().float().requires_grad_() for one in (x, y)]), **SMALL
+    )
+    want = dashpot.multi_resolution_stft_loss(x, y, **SMALL)
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    for one, other in zip(torch.autograd.grad(got, narrow), torch.autograd.grad(want, [x, y]),
+                          strict=True):  # fmt: skip
+        # A bin near the floor has 1 / m in its gradient; eager PyTorch is no closer.
+        assert (one - other).abs().max() <= 1e-3 * other.abs().max()
+
+
+def test_compiles_with_the_checks():
+    x, y = signals(2, 90, dtype=torch.float32)
+    torch._dynamo.reset()
+    run = torch.compile(
+        lambda a, b: dashpot.multi_resolution_stft_loss(a, b, **SMALL),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    torch.testing.assert_close(run(x, y), dashpot.multi_resolution_stft_loss(x, y, **SMALL))
+
+
+def test_module_windows_follow_the_module():
+    module = dashpot.MultiResolutionSTFTLoss([16], [4], [12], window="hamming_window").double()
+    assert module.window_0.dtype == torch.float64 and not module.state_dict()
+    x, y = signals(2, 1, 60)
+    want = dashpot.stft_loss(x, y, 16, 4, 12, torch.hamming_window(12).double())
+    torch.testing.assert_close(module(x, y), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n_ffts": ()}, "n_ffts: expected a sequence, of n_ffts' length, got 0"),
+        ({"hop_lengths": (5, 7)}, "hop_lengths: expected a sequence, of n_ffts' length, got 2"),
+        ({"win_lengths": 12}, "win_lengths: expected a sequence, of n_ffts' length, got int"),
+        ({"windows": [torch.ones(12)]}, "windows: expected 3 tensors, got 1"),
+        ({"input": torch.zeros(0, 60), "target": torch.zeros(0, 60)}, "not empty, got (0, 60)"),
+    ],
+)
+def test_errors(change, words):
+    x = torch.zeros(2, 60)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        dashpot.multi_resolution_stft_loss(**{"input": x, "target": x, **SMALL, **change})
