@@ -7,8 +7,53 @@ forms the tile again, turns it into weights, and multiplies by the rows of the o
 Shapes: B queries, N keys, D coordinates.
 """
 
+from dashpot.contrastive.core_tuning_loss import (
+    CORE_TUNING_LOSS,
+    CoreTuningLoss,
+    core_tuning_loss,
+)
+from dashpot.contrastive.focal_supcon_loss import FOCAL_SUPCON_LOSS, focal_supcon_loss
+from dashpot.contrastive.hard_pair_indices import HARD_PAIR_INDICES, hard_pair_indices
+from dashpot.contrastive.hard_pair_mixup import HARD_PAIR_MIXUP, hard_pair_mixup
 from dashpot.contrastive.info_nce import INFO_NCE, info_nce
+from dashpot.contrastive.opis import OPIS, OpisCurves, opis
+from dashpot.contrastive.supcon_loss import (
+    SUPCON_LOSS,
+    MultiViewSupConLoss,
+    SupConLoss,
+    supcon_loss,
+)
+from dashpot.contrastive.tcm_loss import (
+    TCM_LOSS,
+    TcmStats,
+    ThresholdConsistentMarginLoss,
+    tcm_loss,
+)
 
-__all__ = ["info_nce"]
+__all__ = [
+    "CoreTuningLoss",
+    "MultiViewSupConLoss",
+    "OpisCurves",
+    "SupConLoss",
+    "TcmStats",
+    "ThresholdConsistentMarginLoss",
+    "core_tuning_loss",
+    "focal_supcon_loss",
+    "hard_pair_indices",
+    "hard_pair_mixup",
+    "info_nce",
+    "opis",
+    "supcon_loss",
+    "tcm_loss",
+]
 
-OPS = (INFO_NCE,)
+OPS = (
+    INFO_NCE,
+    HARD_PAIR_INDICES,
+    HARD_PAIR_MIXUP,
+    FOCAL_SUPCON_LOSS,
+    SUPCON_LOSS,
+    CORE_TUNING_LOSS,
+    TCM_LOSS,
+    OPIS,
+)

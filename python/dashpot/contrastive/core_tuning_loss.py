@@ -8,16 +8,10 @@ from torch import Tensor, nn
 
 from dashpot._arrays import public
 from dashpot._dispatch import chain
-from dashpot.contrastive._grouped import (
-    check_like,
-    check_number,
-    check_rows,
-    grouped_rows,
-    row_bytes,
-)
+from dashpot.contrastive._grouped import GROUP_SIZES, rows_of
+from dashpot.contrastive._pairs import bytes_of, check_number, check_rows, unit_rows, wide
 from dashpot.contrastive.focal_supcon_loss import (
     FOCAL_SUPCON_LOSS,
-    GROUP_SIZES,
     _focal_supcon,
     _focal_supcon_loss_floor,
 )
@@ -48,7 +42,7 @@ def core_tuning_loss(
         temperature, gamma: see `focal_supcon_loss`; positives are normalised by the batch.
 
     Returns:
-        The loss () in the dtype of `logits`.
+        The loss (), float32, or float64 for float64 inputs.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -63,28 +57,27 @@ def core_tuning_loss(
             f"z: expected ({logits.shape[0]}, d) on {logits.device}, "
             f"got {tuple(z.shape)} on {z.device}"
         )
-    check_like(soft, "soft", logits, tuple(logits.shape))
-    eta = check_number("eta", eta)
+    check_rows(soft, "soft", logits, same_count=True)
+    eta = check_number(eta, "eta", strict=False)
     contrast = _focal_supcon(z, groups, "groups", temperature, gamma, False, False, False, "mean")
-    with torch.autocast(logits.device.type, enabled=False):
-        entropy = F.cross_entropy(logits, soft)
-    return entropy + eta * contrast.to(logits.dtype)
+    entropy = -(wide(soft) * F.log_softmax(wide(logits), dim=1)).sum() / max(logits.shape[0], 1)
+    return entropy + eta * contrast
 
 
 def _core_tuning_loss_inputs(size, dtype, device, seed):
     """Logits of three classes, unit rows, soft labels and their groups."""
-    z, groups = grouped_rows(size, dtype, device, seed)
+    z, groups = rows_of(size, dtype, device, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    logits = torch.randn(size[0], 3, generator=generator)
-    soft = torch.rand(size[0], 3, generator=generator)
+    logits = torch.randn(z.shape[0], 3, generator=generator)
+    soft = torch.rand(z.shape[0], 3, generator=generator)
     soft = soft / soft.sum(1, keepdim=True)
-    z = F.normalize(z.double(), dim=1).to(dtype)
+    z = unit_rows(z).to(dtype)
     return logits.to(device, dtype), z, soft.to(device, dtype), groups
 
 
 def _core_tuning_loss_floor(logits, z, soft, groups):
     read, flops = _focal_supcon_loss_floor(z, groups)
-    return read + row_bytes(logits, soft), flops + 5 * logits.numel()
+    return read + bytes_of(logits, soft), flops + 5 * logits.numel()
 
 
 CORE_TUNING_LOSS = chain(
@@ -102,9 +95,9 @@ class CoreTuningLoss(nn.Module):
 
     def __init__(self, eta: float = 0.1, temperature: float = 0.07, gamma: float = 1.0):
         super().__init__()
-        self.eta = check_number("eta", eta)
-        self.temperature = check_number("temperature", temperature, above=0.0)
-        self.gamma = check_number("gamma", gamma, least=0.0)
+        self.eta = check_number(eta, "eta", strict=False)
+        self.temperature = check_number(temperature, "temperature")
+        self.gamma = check_number(gamma, "gamma", strict=False)
 
     def forward(self, logits: Tensor, z: Tensor, soft: Tensor, groups: Tensor) -> Tensor:
         """logits (N, K), z (N, d), soft (N, K), groups (N,) -> loss ()"""

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot._dispatch import declare
-from dashpot.contrastive._grouped import (
-    as_ids,
+from dashpot.contrastive._grouped import GROUP_SIZES, rows_of
+from dashpot.contrastive._pairs import (
+    REDUCTIONS,
+    bytes_of,
     check_bool,
     check_choice,
+    check_integers,
     check_number,
     check_rows,
-    grouped_rows,
-    row_bytes,
+    project,
     unit_rows,
-    unit_rows_backward,
     wide,
 )
 
@@ -67,7 +68,7 @@ def _focal_supcon_loss_reference(
         loss = loss.sum()
     if reduction == "mean":
         loss = loss / (max(z.shape[0], 1) if all_anchors else (count > 0).sum().clamp(min=1))
-    return loss.to(z.dtype), lse, pull
+    return loss, lse, pull
 
 
 def _focal_supcon_loss_backward(
@@ -89,20 +90,20 @@ def _focal_supcon_loss_backward(
     s = torch.where(same, slope * log_p.exp() * log_p - weight, 0) - p * pull[:, None]
     s = s * w[:, None] / temperature
     grad_u = (s + s.mT) @ u
-    return (unit_rows_backward(grad_u, z) if normalize else grad_u).to(z.dtype)
+    return project(grad_u, z) if normalize else grad_u.to(z.dtype)
 
 
 def _focal_supcon_loss_fake(z, groups, temperature, gamma, by_count, all_anchors, normalize,
                             reduction):  # fmt: skip
     n, sums = z.shape[0], torch.float64 if z.dtype == torch.float64 else torch.float32
-    loss = z.new_empty((n,) if reduction == "none" else ())
+    loss = z.new_empty((n,) if reduction == "none" else (), dtype=sums)
     return loss, z.new_empty((n,), dtype=sums), z.new_empty((n,), dtype=sums)
 
 
 def _focal_supcon_loss_inputs(size, dtype, device, seed):
     """Odd sizes normalise and take the mean over all columns; even ones come normalised."""
-    n, _ = size
-    z, groups = grouped_rows(size, dtype, device, seed)
+    n = size[-2]
+    z, groups = rows_of(size, dtype, device, seed)
     if n % 2 == 0:
         z = unit_rows(z).to(dtype)
     return z, groups, 0.2, 1.0 + n % 3 / 2, n % 2 == 0, False, n % 2 == 1, "mean"
@@ -111,14 +112,8 @@ def _focal_supcon_loss_inputs(size, dtype, device, seed):
 def _focal_supcon_loss_floor(z, groups, *_):
     """One read of the rows and their groups; a multiply-add per pair and coordinate."""
     n, d = z.shape
-    return row_bytes(z, groups), 2 * n * n * d
+    return bytes_of(z, groups), 2 * n * n * d
 
-
-GROUP_SIZES = {
-    # two rows; below, at and above tiles of 16 to 128 rows; more coordinates than rows, and fewer
-    "test": [(2, 3), (7, 5), (33, 16), (64, 128), (130, 40), (257, 17)],
-    "bench": [(768, 128), (768, 256), (2048, 128), (8192, 128)],
-}
 
 FOCAL_SUPCON_LOSS = declare(
     "focal_supcon_loss",
@@ -171,8 +166,8 @@ def focal_supcon_loss(
         reduction: "mean" (over rows with a positive), "sum" or "none".
 
     Returns:
-        The loss () or, for "none", (N,) with 0 for rows without a positive; in the dtype of `z`.
-        Sums are formed in float32 at least. Without any positive: 0 with zero gradient.
+        The loss () or, for "none", (N,) with 0 for rows without a positive; float32, or
+        float64 for float64 inputs. Without any positive: 0 with zero gradient.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -189,10 +184,10 @@ def focal_supcon_loss(
 def _focal_supcon(z, groups, name, temperature, gamma, by_count, all_anchors, normalize, reduction):
     """The checks and the call; the losses made of this op pass through here."""
     check_rows(z, "z")
-    groups = as_ids(groups, name, z)
-    temperature = check_number("temperature", temperature, above=0.0)
-    gamma = check_number("gamma", gamma, least=0.0)
+    groups = check_integers(groups, name, z.shape[0], z.device)
+    temperature = check_number(temperature, "temperature")
+    gamma = check_number(gamma, "gamma", strict=False)
     check_bool("normalize", normalize)
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
+    check_choice("reduction", reduction, REDUCTIONS)
     return FOCAL_SUPCON_LOSS(z.contiguous(), groups, temperature, gamma, by_count, all_anchors,
                              normalize, reduction)  # fmt: skip

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot._dispatch import declare
-from dashpot.contrastive._grouped import (
-    as_ids,
+from dashpot.contrastive._grouped import grouped_rows
+from dashpot.contrastive._pairs import (
+    bytes_of,
     check_choice,
+    check_integers,
     check_rows,
-    grouped_rows,
-    row_bytes,
     unit_rows,
 )
 
@@ -65,7 +65,7 @@ def _hard_pair_indices_inputs(size, dtype, device, seed):
 def _hard_pair_indices_floor(features, labels, official):
     """One read of the rows, two indices a row; a multiply-add per unordered pair and coordinate."""
     n, d = features.shape
-    return row_bytes(features, labels) + 16 * n, n * n * d
+    return bytes_of(features, labels) + 16 * n, n * n * d
 
 
 HARD_PAIR_INDICES = declare(
@@ -111,6 +111,6 @@ def hard_pair_indices(
     Contrast-Regularized Fine-Tuning, arXiv 2102.06605, and its published code.
     """
     check_rows(features, "features")
-    labels = as_ids(labels, "labels", features)
+    labels = check_integers(labels, "labels", features.shape[0], features.device)
     check_choice("mode", mode, ("paper", "official"))
     return HARD_PAIR_INDICES(features.contiguous(), labels, mode == "official")

@@ -7,14 +7,12 @@ from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot._dispatch import declare
-from dashpot.contrastive._grouped import (
-    as_ids,
+from dashpot.contrastive._grouped import grouped_rows
+from dashpot.contrastive._pairs import (
     check_bool,
-    check_count,
+    check_integers,
     check_number,
     check_rows,
-    grouped_rows,
-    row_bytes,
     wide,
 )
 from dashpot.contrastive.hard_pair_indices import HARD_PAIR_INDICES
@@ -137,10 +135,10 @@ def hard_pair_mixup(
         num_classes: K >= 1.
         alpha: :math:`m_i \sim Beta(\alpha, \alpha)`, :math:`l_i = \max(Beta, neg\_clip)`
             (official: 1).
-        neg_clip: least l, in [0, 1] (official: 0.8). A given `lam_neg` is not clipped.
+        neg_clip: least l, in [0, 1] (official: 0.8).
         generator: of the random numbers, on the device of `features`.
         perm: (B,) int64, pi; drawn if None. It may pair rows of one label, or a row with itself.
-        lam_neg: (B,) floats l in [0, 1]; drawn if None.
+        lam_neg: (B,) floats in [0, 1], raised to `neg_clip` where they are below; drawn if None.
         lam_pos: (B,) floats m in [0, 1]; drawn if None.
         indices: (hp, hn), two tensors (B,) int64, as from `hard_pair_indices`, which finds them if
             None.
@@ -160,11 +158,14 @@ def hard_pair_mixup(
     Contrast-Regularized Fine-Tuning, arXiv 2102.06605; defaults of its published code.
     """
     check_rows(features, "features")
-    check_count("num_classes", num_classes, 1)
-    labels = _within("labels", as_ids(labels, "labels", features), num_classes)
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
+        raise TypeError(f"num_classes: expected an int, got {type(num_classes).__name__}")
+    if num_classes < 1:
+        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     b, device = features.shape[0], features.device
-    alpha = check_number("alpha", alpha, above=0.0)
-    neg_clip = check_number("neg_clip", neg_clip, least=0.0)
+    labels = _within(labels, "labels", b, device, num_classes)
+    alpha = check_number(alpha, "alpha")
+    neg_clip = check_number(neg_clip, "neg_clip", strict=False)
     if neg_clip > 1:
         raise ValueError(f"neg_clip: expected a number in [0, 1], got {neg_clip}")
     check_bool("detach_first", detach_first)
@@ -174,22 +175,23 @@ def hard_pair_mixup(
     elif not isinstance(indices, tuple | list) or len(indices) != 2:
         raise TypeError("indices: expected a pair of tensors (hard_pos, hard_neg)")
     hard_pos, hard_neg = (
-        _within(name, as_ids(index, name, features), b)
+        _within(index, name, b, device, b)
         for name, index in zip(("indices[0]", "indices[1]"), indices, strict=True)
     )
     if perm is None:
         perm = torch.randperm(b, generator=generator, device=device)
     else:
-        perm = _within("perm", as_ids(perm, "perm", features), b)
+        perm = _within(perm, "perm", b, device, b)
     sums = torch.float64 if features.dtype == torch.float64 else torch.float32
     if lam_neg is None:
-        lam_neg = _beta(alpha, b, generator, sums, device).clamp(min=neg_clip)
+        lam_neg = _beta(alpha, b, generator, sums, device)
     if lam_pos is None:
         lam_pos = _beta(alpha, b, generator, sums, device)
     lam_neg, lam_pos = (
         _shares(name, lam, features, sums)
         for name, lam in (("lam_neg", lam_neg), ("lam_pos", lam_pos))
     )
+    lam_neg = lam_neg.clamp(min=neg_clip)
     return HARD_PAIR_MIXUP(features, labels, perm, lam_neg, lam_pos, hard_pos, hard_neg,
                            num_classes, detach_first)  # fmt: skip
 
@@ -200,8 +202,9 @@ def _beta(alpha: float, count: int, generator, dtype: torch.dtype, device) -> Te
     return torch._sample_dirichlet(both, generator=generator)[:, 0]
 
 
-def _within(name: str, ids: Tensor, limit: int) -> Tensor:
-    """Ids 0..limit-1. Looked at on the CPU only, and not while tracing."""
+def _within(value, name: str, count: int, device: torch.device, limit: int) -> Tensor:
+    """(count,) integers in 0..limit-1; values are looked at on the CPU only."""
+    ids = check_integers(value, name, count, device)
     if ids.is_cpu and type(ids) is Tensor and not torch.compiler.is_compiling() and ids.numel():
         low, high = (int(value) for value in ids.aminmax())
         if low < 0 or high >= limit:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from dashpot._arrays import public
 from dashpot._dispatch import chain
-from dashpot.contrastive._grouped import check_choice, check_number, grouped_rows
+from dashpot.contrastive._grouped import GROUP_SIZES, rows_of
+from dashpot.contrastive._pairs import check_choice, check_number, unit_rows
 from dashpot.contrastive.focal_supcon_loss import (
     FOCAL_SUPCON_LOSS,
-    GROUP_SIZES,
     _focal_supcon,
     _focal_supcon_loss_floor,
 )
@@ -43,7 +43,7 @@ def supcon_loss(
             "all", all N rows (SupContrast).
 
     Returns:
-        The loss () in the dtype of `z`; 0 with zero gradient if no row has a positive.
+        The loss (), float32, or float64 for float64 inputs; 0 with zero gradient if no row has a positive.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -57,8 +57,8 @@ def supcon_loss(
 
 def _supcon_loss_inputs(size, dtype, device, seed):
     """Rows and labels: the options keep their defaults, which expect rows of length 1."""
-    z, labels = grouped_rows(size, dtype, device, seed)
-    return torch.nn.functional.normalize(z.double(), dim=1).to(dtype), labels
+    z, labels = rows_of(size, dtype, device, seed)
+    return unit_rows(z).to(dtype), labels
 
 
 SUPCON_LOSS = chain(
@@ -79,7 +79,7 @@ class SupConLoss(nn.Module):
 
     def __init__(self, temperature: float = 0.1):
         super().__init__()
-        self.temperature = check_number("temperature", temperature, above=0.0)
+        self.temperature = check_number(temperature, "temperature")
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """embeddings (N, d), labels (N,) -> loss ()"""
@@ -101,9 +101,9 @@ class MultiViewSupConLoss(nn.Module):
                  base_temperature: float = 0.07):  # fmt: skip
         super().__init__()
         check_choice("contrast_mode", contrast_mode, ("all", "one"))
-        self.temperature = check_number("temperature", temperature, above=0.0)
+        self.temperature = check_number(temperature, "temperature")
         self.contrast_mode = contrast_mode
-        self.base_temperature = check_number("base_temperature", base_temperature, above=0.0)
+        self.base_temperature = check_number(base_temperature, "base_temperature")
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """features (B, views, ...) of length 1, labels (B,) or none (the views of a sample are its
