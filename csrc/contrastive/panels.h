@@ -135,16 +135,17 @@ class Panels {
   std::vector<Work> inverse;    // (rows,) u_i = z_i * inverse_i
   std::vector<char> projected;  // (rows,) whether the norm was divided by, and not eps
 
-  // dz_i = (g_i - u_i (u_i . g_i)) / |z_i|, or g_i / eps where the norm is below; g: (rows, width).
+  // dz_i = c (g_i - u_i (u_i . g_i)) / |z_i|, or c g_i / eps where the norm is below; g: (rows,
+  // width).
   template <class Out>
-  void project(const Work* g, Out* out, int threads) const {
+  void project(const Work* g, Work c, Out* out, int threads) const {
     parallel_for(count, threads, [&](int64_t p) {
       const std::unique_ptr<Work[]> line(new Work[width]);
       for (int64_t i = begin(p); i < begin(p) + height(p); ++i) {
         const Work* u = row(i);
         const Work* gradient = g + i * width;
         const Work along = projected[i] ? static_cast<Work>(dot(u, gradient, width)) : Work(0);
-        run_on_isa<Project<Work>>(gradient, u, along, inverse[i], line.get(), width);
+        run_on_isa<Project<Work>>(gradient, u, along, c * inverse[i], line.get(), width);
         run_on_isa<ConvertBlock<Out, Work>>(out + i * dim, line.get(), dim);
       }
     });
