@@ -92,8 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> info_nce_forward(const Tensor& query, const T
       const int64_t at = call.positive(i);
       const double row = row_sums.log_sum(0, i);
       const double both = symmetric ? 0.5 * (row + key_sums.log_sum(0, i)) : row;
-      const double logit =
-          at < 0 ? 0 : c * dot(call.query.row(i), call.key.row(at), call.query.width);
+      const double logit = at < 0 ? 0 : c * dot(call.query.row(i), call.key.row(at));
       lse.as<Work>()[i] = static_cast<Work>(row);
       loss.as<Work>()[i] = static_cast<Work>(both - logit);
     }
@@ -135,17 +134,16 @@ std::tuple<Maybe, Maybe, Maybe> info_nce_backward(const Tensor& grad_loss, const
     const Grads<Work> rows(problem.rows, {grad_query.has_value() || for_scale});
     const Grads<Work> keys(problem.keys, {grad_key.has_value()});
     add_gradients(problem, row_weights, key_weights, rows, keys);
-    const int64_t padded = call.query.width;
     double total = 0;
     for (int64_t i = 0; i < b; ++i) {
       const int64_t at = call.positive(i);
       if (at >= 0 && rows.of(0)) {
-        add_scaled(rows.of(0) + i * padded, call.key.row(at), -g[i], padded);
+        add_scaled(call.query.row_of(rows.of(0), i), call.key.row(at), -g[i]);
       }
       if (at >= 0 && keys.of(0)) {
-        add_scaled(keys.of(0) + at * padded, call.query.row(i), -g[i], padded);
+        add_scaled(call.key.row_of(keys.of(0), at), call.query.row(i), -g[i]);
       }
-      if (for_scale) total += dot(call.query.row(i), rows.of(0) + i * padded, padded);
+      if (for_scale) total += dot<Work>(call.query.row(i), call.query.row_of(rows.of(0), i));
     }
     const Work factor = static_cast<Work>(c);
     if (grad_query) call.query.project(rows.of(0), factor, grad_query->as<In>(), threads);

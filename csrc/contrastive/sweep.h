@@ -165,13 +165,13 @@ Work start_of(const Problem<Work>& problem) {
                          : -std::numeric_limits<Work>::infinity();
 }
 
-// Gradient sums of some views, (rows, width) each; a view that needs none has null.
+// Gradient sums of some views, laid out as their panels by rows; a view that needs none has null.
 template <class Work>
 class Grads {
  public:
   Grads(const std::vector<const Panels<Work>*>& views, const std::vector<bool>& wanted) {
     for (size_t view = 0; view < views.size(); ++view) {
-      const int64_t n = views[view]->rows * views[view]->width;
+      const int64_t n = views[view]->count * views[view]->row_size();
       values_.emplace_back(wanted[view] ? new Work[n]() : nullptr);
     }
   }
@@ -235,22 +235,6 @@ void add_gradients(const Problem<Work>& problem, const Weights<Work>& row_weight
     if (row_grad) add_rows<Work>(tile.s, a, at.row_panel, b, at.key_panel, row_grad);
     if (key_grad) add_columns<Work>(tile.s, a, at.row_panel, b, at.key_panel, key_grad);
   });
-}
-
-// y += factor * x over whole vectors.
-template <class Work>
-struct AddScaled {
-  template <Isa isa>
-  static DASHPOT_INLINE void run(Work* y, const Work* x, Work factor, int64_t n) {
-    for (int64_t k = 0; k < n; k += kLanes<Work, isa>) {
-      store<Work, isa>(y + k, load<Work, isa>(y + k) + factor * load<Work, isa>(x + k));
-    }
-  }
-};
-
-template <class Work>
-void add_scaled(Work* y, const Work* x, double factor, int64_t n) {
-  run_on_isa<AddScaled<Work>>(y, x, static_cast<Work>(factor), n);
 }
 
 }  // namespace dashpot::contrastive
