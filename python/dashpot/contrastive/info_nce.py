@@ -56,7 +56,7 @@ def _info_nce_reference(
     lse = torch.logsumexp(s, 1)  # (B,)
     positive, _ = picked(s, positives)  # (B,)
     if not symmetric:
-        return lse - positive, lse, lse.new_empty(0)
+        return lse - positive, lse, lse[:0]
     lse_key = torch.logsumexp(s, 0)  # (N,)
     return 0.5 * (lse + lse_key) - positive, lse, lse_key
 
@@ -94,9 +94,9 @@ def _info_nce_backward(
 
 
 def _info_nce_inputs(size, dtype, device, seed):
-    """Even batches with a learnable scale and both directions, odd ones with neither."""
+    """Odd batches with a learnable scale and both directions, even ones with neither."""
     query, key = random_views(size, dtype, device, seed)
-    both = size[0] % 2 == 0
+    both = size[0] % 2 == 1
     scale = torch.tensor(5.0, dtype=dtype, device=device) if both else None
     positives = None if both else torch.arange(size[0], device=device).flip(0)
     return query, key, positives, scale, 0.2, both, True
