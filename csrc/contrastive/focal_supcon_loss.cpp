@@ -164,7 +164,7 @@ class Sweep {
     });
   }
 
-  // grad (N, width) = W u. w, pull, lse: (padded rows,)
+  // grad (rows, in panels) = W u. w, pull, lse: (padded rows,)
   void add_gradients(const std::vector<Work>& w, const std::vector<Work>& pull,
                      const std::vector<Work>& lse, Work* grad) const {
     std::vector<Work> push(padded_rows(), 0), scaled(padded_rows(), 0);
@@ -279,7 +279,7 @@ Tensor focal_supcon_loss_backward(const Tensor& grad_loss, const Tensor& z, cons
       lse[k] = lse_in.as<const Work>()[row];
       pull[k] = pull_in.as<const Work>()[row];
     }
-    const std::unique_ptr<Work[]> grad(new Work[n * sweep.rows.width]());
+    const std::unique_ptr<Work[]> grad(new Work[sweep.rows.count * sweep.rows.row_size()]());
     sweep.add_gradients(w, pull, lse, grad.get());
     const std::unique_ptr<In[]> ordered(new In[n * d]);
     sweep.rows.project(grad.get(), Work(1), ordered.get(), threads);
