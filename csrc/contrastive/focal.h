@@ -22,7 +22,7 @@ template <class Work>
 struct Positives {
   const Work* s;  // (rows, stride)
   int64_t stride, rows, columns;
-  const int64_t *first, *last;  // (rows,) places of the row's group
+  const int64_t *first, *last;      // (rows,) places of the row's group
   int64_t row_begin, column_begin;  // places of the tile
   Work c, gamma;
 };
@@ -58,7 +58,7 @@ DASHPOT_INLINE Focused<Work, isa> focused(Vec<Work, isa> x, Work gamma) {
   Vec<Work, isa> q = one_minus_exp<Work, isa>(x, p);
   constexpr Work kTiny = std::numeric_limits<Work>::min();
   q = q < kTiny ? kTiny - Vec<Work, isa>{} : q;  // NaN stays
-  Vec<Work, isa> power, rise;  // q^gamma, gamma q^(gamma - 1)
+  Vec<Work, isa> power, rise;                    // q^gamma, gamma q^(gamma - 1)
   if constexpr (focus == Focus::kLinear) {
     power = q;
     rise = one;
@@ -102,18 +102,18 @@ struct AddFocalTerms {
     const Positives<Work> at = *positives;
     const Vec<Work, isa> zero{};
     alignas(64) Work losses[kMaxPanel] = {}, pulls[kMaxPanel] = {};
-    for_positives<Work, isa>(at, [&](int64_t i, int64_t j, IntVec<Work, isa> live)
-                                     __attribute__((always_inline)) {
-      const Vec<Work, isa> s = load<Work, isa>(at.s + i * at.stride + j) * at.c;
-      const Focused<Work, isa> own = focused<Work, isa, focus>(s - row_lse[i], at.gamma);
-      row_loss[i] += sum_lanes<Work, isa>(live ? own.value : zero);
-      row_pull[i] += sum_lanes<Work, isa>(live ? own.slope : zero);
-      if (column_lse == nullptr) return;
-      const Focused<Work, isa> other =
-          focused<Work, isa, focus>(s - load<Work, isa>(column_lse + j), at.gamma);
-      store<Work, isa>(losses + j, load<Work, isa>(losses + j) + (live ? other.value : zero));
-      store<Work, isa>(pulls + j, load<Work, isa>(pulls + j) + (live ? other.slope : zero));
-    });
+    for_positives<Work, isa>(
+        at, [&](int64_t i, int64_t j, IntVec<Work, isa> live) __attribute__((always_inline)) {
+          const Vec<Work, isa> s = load<Work, isa>(at.s + i * at.stride + j) * at.c;
+          const Focused<Work, isa> own = focused<Work, isa, focus>(s - row_lse[i], at.gamma);
+          row_loss[i] += sum_lanes<Work, isa>(live ? own.value : zero);
+          row_pull[i] += sum_lanes<Work, isa>(live ? own.slope : zero);
+          if (column_lse == nullptr) return;
+          const Focused<Work, isa> other =
+              focused<Work, isa, focus>(s - load<Work, isa>(column_lse + j), at.gamma);
+          store<Work, isa>(losses + j, load<Work, isa>(losses + j) + (live ? other.value : zero));
+          store<Work, isa>(pulls + j, load<Work, isa>(pulls + j) + (live ? other.slope : zero));
+        });
     if (column_lse == nullptr) return;
     for (int64_t j = 0; j < at.columns; ++j) {
       column_loss[j] += static_cast<double>(losses[j]);
@@ -131,17 +131,17 @@ struct AddFocalWeights {
                                  const Work* column_weight, Work* weights) {
     const Positives<Work> at = *positives;
     const Vec<Work, isa> zero{};
-    for_positives<Work, isa>(at, [&](int64_t i, int64_t j, IntVec<Work, isa> live)
-                                     __attribute__((always_inline)) {
-      const Vec<Work, isa> s = load<Work, isa>(at.s + i * at.stride + j) * at.c;
-      const Vec<Work, isa> own = focused<Work, isa, focus>(s - row_lse[i], at.gamma).slope;
-      const Vec<Work, isa> other =
-          focused<Work, isa, focus>(s - load<Work, isa>(column_lse + j), at.gamma).slope;
-      const Vec<Work, isa> sum =
-          at.c * (row_weight[i] * own + load<Work, isa>(column_weight + j) * other);
-      Work* to = weights + i * at.stride + j;
-      store<Work, isa>(to, load<Work, isa>(to) + (live ? sum : zero));
-    });
+    for_positives<Work, isa>(
+        at, [&](int64_t i, int64_t j, IntVec<Work, isa> live) __attribute__((always_inline)) {
+          const Vec<Work, isa> s = load<Work, isa>(at.s + i * at.stride + j) * at.c;
+          const Vec<Work, isa> own = focused<Work, isa, focus>(s - row_lse[i], at.gamma).slope;
+          const Vec<Work, isa> other =
+              focused<Work, isa, focus>(s - load<Work, isa>(column_lse + j), at.gamma).slope;
+          const Vec<Work, isa> sum =
+              at.c * (row_weight[i] * own + load<Work, isa>(column_weight + j) * other);
+          Work* to = weights + i * at.stride + j;
+          store<Work, isa>(to, load<Work, isa>(to) + (live ? sum : zero));
+        });
   }
 };
 

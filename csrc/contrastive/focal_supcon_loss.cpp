@@ -128,9 +128,9 @@ class Sweep {
       double* column = i == j ? nullptr : sum.data() + rows.begin(j);
       const bool all = i != j && tile.columns == tile.stride;
       if (!fixed) {
-        run_on_isa<AddExponentialsWide<Work>>(
-            &tile, c, shifts.data() + rows.begin(i), row,
-            column ? shifts.data() + rows.begin(j) : nullptr, column);
+        run_on_isa<AddExponentialsWide<Work>>(&tile, c, shifts.data() + rows.begin(i), row,
+                                              column ? shifts.data() + rows.begin(j) : nullptr,
+                                              column);
       } else if (all) {
         run_on_isa<AddExponentials<Work, true, true>>(&tile, factor(), shift(), row, column);
       } else if (column) {
@@ -157,9 +157,9 @@ class Sweep {
       const Positives<Work> at = positives(i, j, tile.s);
       const int64_t a = rows.begin(i), b = rows.begin(j);
       with_focus([&](auto focus) {
-        run_on_isa<AddFocalTerms<Work, focus()>>(
-            &at, lse.data() + a, loss.data() + a, pull.data() + a,
-            i == j ? nullptr : lse.data() + b, loss.data() + b, pull.data() + b);
+        run_on_isa<AddFocalTerms<Work, focus()>>(&at, lse.data() + a, loss.data() + a,
+                                                 pull.data() + a, i == j ? nullptr : lse.data() + b,
+                                                 loss.data() + b, pull.data() + b);
       });
     });
   }
@@ -226,9 +226,11 @@ void on_rows(const Tensor& z, const Tensor& groups, const Function& function) {
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> focal_supcon_loss_forward(
-    const Tensor& z, const Tensor& groups, double temperature, double gamma, bool by_count,
-    bool all_anchors, bool normalize, const std::string& reduction) {
+std::tuple<Tensor, Tensor, Tensor> focal_supcon_loss_forward(const Tensor& z, const Tensor& groups,
+                                                             double temperature, double gamma,
+                                                             bool by_count, bool all_anchors,
+                                                             bool normalize,
+                                                             const std::string& reduction) {
   const int threads = num_threads();
   const int64_t count = z.size(0);
   const Dtype sums = z.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;

@@ -12,9 +12,8 @@ namespace dashpot::contrastive {
 inline std::vector<int64_t> order_by_id(const int64_t* ids, int64_t n) {
   std::vector<int64_t> order(n);
   std::iota(order.begin(), order.end(), int64_t{0});
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return ids[a] != ids[b] ? ids[a] < ids[b] : a < b;
-  });
+  std::sort(order.begin(), order.end(),
+            [&](int64_t a, int64_t b) { return ids[a] != ids[b] ? ids[a] < ids[b] : a < b; });
   return order;
 }
 
@@ -34,10 +33,10 @@ std::vector<Id> dense_ids(const std::vector<int64_t>& ids) {
 
 // Groups of two rows or more first, each in one stretch; then the rows that are alone.
 struct Groups {
-  int64_t paired = 0;            // rows of the first kind
-  std::vector<int64_t> row;      // (n,) which row stands at a place
-  std::vector<int64_t> first;    // (n,) first place of its group
-  std::vector<int64_t> last;     // (n,) one beyond its last
+  int64_t paired = 0;          // rows of the first kind
+  std::vector<int64_t> row;    // (n,) which row stands at a place
+  std::vector<int64_t> first;  // (n,) first place of its group
+  std::vector<int64_t> last;   // (n,) one beyond its last
 
   Groups(const int64_t* ids, int64_t n) {
     const std::vector<int64_t> order = order_by_id(ids, n);

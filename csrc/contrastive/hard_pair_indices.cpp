@@ -42,8 +42,7 @@ struct LeastVec {
   IntVec<Work, isa> place;
 
   DASHPOT_INLINE void offer(Vec<Work, isa> candidate, IntVec<Work, isa> at) {
-    const IntVec<Work, isa> better =
-        (candidate < value) | ((candidate == value) & (at < place));
+    const IntVec<Work, isa> better = (candidate < value) | ((candidate == value) & (at < place));
     value = better ? candidate : value;
     place = better ? at : place;
   }
@@ -72,8 +71,7 @@ struct Search {
         const IntVec<Work, isa> place = lanes + (column_begin + static_cast<Code<Work>>(j));
         const IntVec<Work, isa> same = codes == at.row_codes[i];
         const IntVec<Work, isa> padding = codes == Code<Work>(kNoColumn);
-        const Vec<Work, isa> nothing =
-            Vec<Work, isa>{} + std::numeric_limits<Work>::infinity();
+        const Vec<Work, isa> nothing = Vec<Work, isa>{} + std::numeric_limits<Work>::infinity();
         const Vec<Work, isa> if_pos = padding ? nothing : same & (place != row) ? c : none;
         const Vec<Work, isa> if_neg = padding ? nothing : same ? none : -c;
         row_pos.offer(if_pos, place);

@@ -24,8 +24,7 @@ struct Mix {
     const Work rest = 1 - t;
     int64_t k = 0;
     for (; k + kStep <= d; k += kStep) {
-      const Vec<Work, isa> sum =
-          rest * load_as<Work, isa>(a + k) + t * load_as<Work, isa>(b + k);
+      const Vec<Work, isa> sum = rest * load_as<Work, isa>(a + k) + t * load_as<Work, isa>(b + k);
       if constexpr (kIsSixteen<In>) {
         Sixteen<isa>::narrow(out + k, sum);
       } else {
@@ -92,7 +91,7 @@ struct Mixtures {
 std::tuple<Tensor, Tensor, Tensor> hard_pair_mixup_forward(
     const Tensor& features, const Tensor& labels, const Tensor& perm, const Tensor& lam_neg,
     const Tensor& lam_pos, const Tensor& hard_pos, const Tensor& hard_neg, int64_t num_classes,
-    bool) {
+    double neg_clip, bool) {
   const int threads = num_threads();
   const int64_t b = features.size(0), d = features.size(1), k = num_classes;
   if (labels.numel != b || labels.dtype != Dtype::kInt64 || perm.numel != b) {
@@ -132,16 +131,18 @@ std::tuple<Tensor, Tensor, Tensor> hard_pair_mixup_forward(
         hot[first] = convert<In>(1 - t);
         hot[last] = convert<In>(t);
       }
-      *group = t == 0 ? first : t == 1 || first == last ? last : k + r;
+      // Random mixtures of two classes whose weight was raised to the clip are alike.
+      const bool clipped = r < b && t == static_cast<Work>(neg_clip);
+      const int64_t pair = clipped ? k * (1 + first) + last : k * (1 + k) + r;
+      *group = t == 0 ? first : t == 1 || first == last ? last : pair;
     });
   });
   return {mixed, soft, groups};
 }
 
-Tensor hard_pair_mixup_backward(const Tensor& grad_mixed, const Tensor& perm,
-                                const Tensor& lam_neg, const Tensor& lam_pos,
-                                const Tensor& hard_pos, const Tensor& hard_neg,
-                                bool detach_first) {
+Tensor hard_pair_mixup_backward(const Tensor& grad_mixed, const Tensor& perm, const Tensor& lam_neg,
+                                const Tensor& lam_pos, const Tensor& hard_pos,
+                                const Tensor& hard_neg, bool detach_first) {
   const int threads = num_threads();
   const int64_t b = perm.numel, d = grad_mixed.size(1);
   if (grad_mixed.size(0) != 3 * b) {
@@ -154,7 +155,8 @@ Tensor hard_pair_mixup_backward(const Tensor& grad_mixed, const Tensor& perm,
     const Mixtures<Work> mixtures(perm, lam_neg, lam_pos, hard_pos, hard_neg);
     const In* g = grad_mixed.as<const In>();
     const py::gil_scoped_release release;
-    // What was made of row i: entries begin[i]..begin[i + 1], 2 r for a start and 2 r + 1 for an end.
+    // What was made of row i: entries begin[i]..begin[i + 1], 2 r for a start and 2 r + 1 for an
+    // end.
     std::vector<int64_t> begin(b + 1, 0), made(4 * b);
     for (int64_t r = 0; r < 2 * b; ++r) {
       ++begin[mixtures.from(r) + 1];
@@ -174,8 +176,8 @@ Tensor hard_pair_mixup_backward(const Tensor& grad_mixed, const Tensor& perm,
         const Work t = mixtures.share(r);
         run_on_isa<AddRow<In>>(g + (b + r) * d, made[e] % 2 ? t : 1 - t, sum.data(), d);
       }
-      run_on_isa<ConvertBlock<In, Work>>(out.as<In>() + i * d,
-                                         const_cast<const Work*>(sum.data()), d);
+      run_on_isa<ConvertBlock<In, Work>>(out.as<In>() + i * d, const_cast<const Work*>(sum.data()),
+                                         d);
     });
   });
   return out;

@@ -1,5 +1,5 @@
-// opis: embeddings (N, D), classes (N,) -> genuine, impostor (C, T) int64 pairs within each threshold,
-// grid (T,) float64.
+// opis: embeddings (N, D), classes (N,) -> genuine, impostor (C, T) int64 pairs within each
+// threshold, grid (T,) float64.
 //
 // Rows are ordered by class, so a panel of rows meets few classes. A sweep over the tiles on and
 // above the diagonal puts each pair into the interval between two thresholds: the interval is
@@ -87,8 +87,7 @@ class Sweep {
 
  private:
   template <class In>
-  static std::unique_ptr<In[]> gathered(const In* z, const std::vector<int64_t>& order,
-                                        int64_t d) {
+  static std::unique_ptr<In[]> gathered(const In* z, const std::vector<int64_t>& order, int64_t d) {
     std::unique_ptr<In[]> out(new In[order.size() * d]);
     for (size_t k = 0; k < order.size(); ++k) std::copy_n(z + order[k] * d, d, out.get() + k * d);
     return out;
@@ -105,7 +104,7 @@ std::array<double, 2> cosines_at(const Sweep<Work>& sweep, const std::vector<int
   std::array<int64_t, 2> left{ranks.at(0), ranks.at(1)};
   for (int done = 0; done < Key<Work>::kBits; done += kDigit) {
     const int shift = Key<Work>::kBits - done - kDigit;
-    const int tables = found[0] == found[1] ? 1 : 2;  // both may agree so far
+    const int tables = found[0] == found[1] ? 1 : 2;          // both may agree so far
     std::vector<std::vector<int64_t>> counts(sweep.threads);  // integers: any split adds up alike
     for (auto& one : counts) one.assign(tables * kBins, 0);
     sweep.for_tiles([&](int64_t i, int64_t j, const Work* s, auto first) {

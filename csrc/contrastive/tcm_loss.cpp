@@ -81,9 +81,8 @@ struct Mark {
     for (int64_t i = 0; i < tile.rows; ++i) {
       for (int64_t j = 0; j < tile.columns; j += kLanes<Work, isa>) {
         Work* s = tile.s + i * tile.stride + j;
-        const Sets<Work, isa> sets(load<Work, isa>(s),
-                                   load<Code<Work>, isa>(tile.column_codes + j), tile.row_codes[i],
-                                   margin_pos, margin_neg);
+        const Sets<Work, isa> sets(load<Work, isa>(s), load<Code<Work>, isa>(tile.column_codes + j),
+                                   tile.row_codes[i], margin_pos, margin_neg);
         store<Work, isa>(s, sets.pos ? of_pos : sets.neg ? of_neg : zero);
       }
     }
@@ -161,14 +160,15 @@ class Sweep {
 // function(sweep, In{}) with the rows of a call, without Python's lock.
 template <class Function>
 void with_sweep(const Tensor& embeddings, const Tensor& labels, const Maybe& ref,
-                const Maybe& ref_labels, int64_t offset, bool normalize,
-                const Function& function) {
+                const Maybe& ref_labels, int64_t offset, bool normalize, const Function& function) {
   const int threads = num_threads();
   const int64_t b = embeddings.size(0), d = embeddings.size(1), n = ref ? ref->size(0) : 0;
-  if (labels.numel != b || labels.dtype != Dtype::kInt64 || ref.has_value() != ref_labels.has_value() ||
+  if (labels.numel != b || labels.dtype != Dtype::kInt64 ||
+      ref.has_value() != ref_labels.has_value() ||
       (ref && (ref_labels->numel != n || ref_labels->dtype != Dtype::kInt64 || ref->size(1) != d ||
                ref->dtype != embeddings.dtype))) {
-    throw std::invalid_argument("expected int64 labels of each row, and rows of one width and dtype");
+    throw std::invalid_argument(
+        "expected int64 labels of each row, and rows of one width and dtype");
   }
   dispatch_floating(embeddings.dtype, [&](auto element) {
     using In = decltype(element);
@@ -185,10 +185,11 @@ double mean_of(double sum, int64_t count) {
   return sum / static_cast<double>(std::max<int64_t>(count, 1));
 }
 
-std::tuple<Tensor, Tensor, Tensor> tcm_loss_forward(
-    const Tensor& embeddings, const Tensor& labels, const Maybe& ref, const Maybe& ref_labels,
-    int64_t offset, double margin_pos, double margin_neg, double weight_pos, double weight_neg,
-    bool normalize) {
+std::tuple<Tensor, Tensor, Tensor> tcm_loss_forward(const Tensor& embeddings, const Tensor& labels,
+                                                    const Maybe& ref, const Maybe& ref_labels,
+                                                    int64_t offset, double margin_pos,
+                                                    double margin_neg, double weight_pos,
+                                                    double weight_neg, bool normalize) {
   const Dtype dtype = embeddings.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const Tensor loss = embeddings.new_empty({}, dtype), sums = embeddings.new_empty({2}, dtype);
   const Tensor counts = embeddings.new_empty({2}, Dtype::kInt64);
@@ -229,38 +230,36 @@ std::tuple<Maybe, Maybe> tcm_loss_backward(const Tensor& grad_loss, const Tensor
   const int64_t d = embeddings.size(1);
   if (needs_grad[0]) grad = embeddings.new_empty({embeddings.size(0), d}, embeddings.dtype);
   if (ref && needs_grad[2]) grad_ref = ref->new_empty({ref->size(0), d}, ref->dtype);
-  with_sweep(embeddings, labels, ref, ref_labels, offset, normalize,
-             [&](const auto& sweep, auto element) {
-               using In = decltype(element);
-               using Work = WorkOf<In>;
-               const auto sums = [](const Panels<Work>& of, bool wanted) {
-                 return std::unique_ptr<Work[]>(wanted ? new Work[of.count * of.row_size()]()
-                                                       : nullptr);
-               };
-               const auto rows = sums(sweep.rows, grad.has_value());
-               const auto refs = sums(sweep.keys(), grad_ref.has_value());
-               // Without references a pair and its mirror image add up, in both rows.
-               const double g = (sweep.refs ? 1.0 : 2.0) * grad_loss.as<const Work>()[0];
-               const int64_t* count = counts.as<const int64_t>();
-               const Work pos = static_cast<Work>(-weight_pos * mean_of(g, count[0]));
-               const Work neg = static_cast<Work>(weight_neg * mean_of(g, count[1]));
-               Work* const other = sweep.refs ? refs.get() : rows.get();
-               sweep.for_tiles([&](int64_t i, int64_t j, const Tile<Work>& tile) {
-                 run_on_isa<Mark<Work>>(&tile, static_cast<Work>(margin_pos),
-                                        static_cast<Work>(margin_neg), pos, neg);
-                 if (rows) add_rows<Work>(tile.s, sweep.rows, i, sweep.keys(), j, rows.get());
-                 if (other && (sweep.refs || i != j)) {
-                   add_columns<Work>(tile.s, sweep.rows, i, sweep.keys(), j, other);
-                 }
-               });
-               if (grad) {
-                 sweep.rows.project(rows.get(), Work(1), grad->template as<In>(), sweep.threads);
-               }
-               if (grad_ref) {
-                 sweep.refs->project(refs.get(), Work(1), grad_ref->template as<In>(),
-                                     sweep.threads);
-               }
-             });
+  with_sweep(
+      embeddings, labels, ref, ref_labels, offset, normalize, [&](const auto& sweep, auto element) {
+        using In = decltype(element);
+        using Work = WorkOf<In>;
+        const auto sums = [](const Panels<Work>& of, bool wanted) {
+          return std::unique_ptr<Work[]>(wanted ? new Work[of.count * of.row_size()]() : nullptr);
+        };
+        const auto rows = sums(sweep.rows, grad.has_value());
+        const auto refs = sums(sweep.keys(), grad_ref.has_value());
+        // Without references a pair and its mirror image add up, in both rows.
+        const double g = (sweep.refs ? 1.0 : 2.0) * grad_loss.as<const Work>()[0];
+        const int64_t* count = counts.as<const int64_t>();
+        const Work pos = static_cast<Work>(-weight_pos * mean_of(g, count[0]));
+        const Work neg = static_cast<Work>(weight_neg * mean_of(g, count[1]));
+        Work* const other = sweep.refs ? refs.get() : rows.get();
+        sweep.for_tiles([&](int64_t i, int64_t j, const Tile<Work>& tile) {
+          run_on_isa<Mark<Work>>(&tile, static_cast<Work>(margin_pos),
+                                 static_cast<Work>(margin_neg), pos, neg);
+          if (rows) add_rows<Work>(tile.s, sweep.rows, i, sweep.keys(), j, rows.get());
+          if (other && (sweep.refs || i != j)) {
+            add_columns<Work>(tile.s, sweep.rows, i, sweep.keys(), j, other);
+          }
+        });
+        if (grad) {
+          sweep.rows.project(rows.get(), Work(1), grad->template as<In>(), sweep.threads);
+        }
+        if (grad_ref) {
+          sweep.refs->project(refs.get(), Work(1), grad_ref->template as<In>(), sweep.threads);
+        }
+      });
   return {grad, grad_ref};
 }
 

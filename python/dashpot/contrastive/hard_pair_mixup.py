@@ -27,10 +27,11 @@ def _parts(lam_neg, lam_pos, perm, hard_pos, hard_neg):
 
 def _hard_pair_mixup_reference(
     features: Tensor, labels: Tensor, perm: Tensor, lam_neg: Tensor, lam_pos: Tensor,
-    hard_pos: Tensor, hard_neg: Tensor, num_classes: int, detach_first: bool,
+    hard_pos: Tensor, hard_neg: Tensor, num_classes: int, neg_clip: float, detach_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Rows f_i, then (1 - l_i) f_i + l_i f_perm(i), then m_i f_hp(i) + (1 - m_i) f_hn(i); one-hot
-    labels alike. groups: the class of a row that holds one class only, else an id of its own."""
+    labels alike. groups: the class of a row that holds one class only; of a random mixture with
+    l = neg_clip an id of its two classes, in order; else an id of its own."""
     share, start, end = _parts(lam_neg, lam_pos, perm, hard_pos, hard_neg)
     f = wide(features)  # (B, D)
     t = share.to(f.dtype)[:, None]  # (2B, 1)
@@ -39,8 +40,11 @@ def _hard_pair_mixup_reference(
     hot = (labels[:, None] == classes).to(f.dtype)  # (B, K)
     soft = torch.cat([hot, (1 - t) * hot[start] + t * hot[end]])
     first, last = labels[start], labels[end]
-    alone = num_classes + torch.arange(share.shape[0], device=labels.device)
-    one = torch.where(share == 0, first, torch.where((share == 1) | (first == last), last, alone))
+    place = torch.arange(share.shape[0], device=labels.device)
+    clipped = (share == neg_clip) & (place < labels.shape[0])
+    pair = num_classes * (1 + num_classes) + place
+    pair = torch.where(clipped, num_classes * (1 + first) + last, pair)
+    one = torch.where(share == 0, first, torch.where((share == 1) | (first == last), last, pair))
     return mixed.to(features.dtype), soft.to(features.dtype), torch.cat([labels, one])
 
 
@@ -59,7 +63,7 @@ def _hard_pair_mixup_backward(
 
 
 def _hard_pair_mixup_fake(features, labels, perm, lam_neg, lam_pos, hard_pos, hard_neg, num_classes,
-                          detach_first):  # fmt: skip
+                          neg_clip, detach_first):  # fmt: skip
     b, d = features.shape
     return (
         features.new_empty((3 * b, d)),
@@ -77,9 +81,10 @@ def _hard_pair_mixup_inputs(size, dtype, device, seed):
     perm = torch.randperm(b, generator=generator).to(device)
     lam = torch.rand(2, b, generator=generator)
     lam[:, ::5] = lam[:, ::5].round()
+    lam[0] = lam[0].clamp(min=0.5)
     lam_neg, lam_pos = lam.to(device, features.dtype if dtype == torch.float64 else torch.float32)
     hard_pos, hard_neg = torch.randint(0, max(b, 1), (2, b), generator=generator).to(device)
-    return features, labels, perm, lam_neg, lam_pos, hard_pos, hard_neg, 5, b % 2 == 0
+    return features, labels, perm, lam_neg, lam_pos, hard_pos, hard_neg, 5, 0.5, b % 2 == 0
 
 
 def _hard_pair_mixup_floor(features, labels, *_):
@@ -92,7 +97,7 @@ def _hard_pair_mixup_floor(features, labels, *_):
 HARD_PAIR_MIXUP = declare(
     "hard_pair_mixup",
     forward="(Tensor features, Tensor labels, Tensor perm, Tensor lam_neg, Tensor lam_pos,"
-    " Tensor hard_pos, Tensor hard_neg, int num_classes, bool detach_first)"
+    " Tensor hard_pos, Tensor hard_neg, int num_classes, float neg_clip, bool detach_first)"
     " -> (Tensor mixed, Tensor soft, Tensor groups)",
     backward="(Tensor grad_mixed, Tensor perm, Tensor lam_neg, Tensor lam_pos, Tensor hard_pos,"
     " Tensor hard_neg, bool detach_first) -> (Tensor grad_features)",
@@ -146,7 +151,9 @@ def hard_pair_mixup(
 
     Returns:
         mixed (3B, D), soft (3B, K) in the dtype of `features`, groups (3B,) int64: rows with equal
-        soft labels share one. A row of one class has that class; every other a number >= K.
+        soft labels share one. A row of one class has that class, every other a number >= K: random
+        mixtures of the same two classes share it where l was raised to `neg_clip`, as the release
+        finds them equal; all others are alone.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. Values of
@@ -193,7 +200,7 @@ def hard_pair_mixup(
     )
     lam_neg = lam_neg.clamp(min=neg_clip)
     return HARD_PAIR_MIXUP(features, labels, perm, lam_neg, lam_pos, hard_pos, hard_neg,
-                           num_classes, detach_first)  # fmt: skip
+                           num_classes, neg_clip, detach_first)  # fmt: skip
 
 
 def _beta(alpha: float, count: int, generator, dtype: torch.dtype, device) -> Tensor:
