@@ -80,7 +80,7 @@ def check_number(value, name: str, *, least: float = 0.0, strict: bool = True) -
     """A finite number above `least` (with strict=False: or equal)."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
-    if not math.isfinite(value) or value < least or (strict and value == least):
+    if not -math.inf < value < math.inf or value < least or (strict and value == least):
         sign = ">" if strict else ">="
         raise ValueError(f"{name}: expected a finite number {sign} {least:g}, got {value}")
     return float(value)

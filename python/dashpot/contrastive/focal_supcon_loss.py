@@ -55,8 +55,8 @@ def _focal_supcon_loss_reference(
     """l_i = -1/M_i sum_{j in P(i)} (1 - p_ij)^gamma log p_ij, p_ij = exp(s_ij - lse_i), lse_i over
     k != i, M_i = |P(i)| ("count") or N ("batch"); the mean is over rows with a positive.
 
-    Also returns lse (N,) and pull (N,), h_i = sum_{j in P(i)} d/d(log p_ij) of -l_i M_i's term, both
-    0 where there is no positive: what the backward needs of the forward.
+    Also returns lse (N,) and pull (N,), h_i = sum_{j in P(i)} of the derivative of -(1 - p)^gamma log p
+    by log p, both 0 where there is no positive: what the backward needs of the forward.
     """
     u = unit_rows(z) if normalize else wide(z)  # (N, d)
     log_p, same, count, lse = _pairs(u, groups, temperature)
@@ -112,7 +112,7 @@ def _focal_supcon_loss_inputs(size, dtype, device, seed):
 def _focal_supcon_loss_floor(z, groups, *_):
     """One read of the rows and their groups; a multiply-add per pair and coordinate."""
     n, d = z.shape
-    return bytes_of(z, groups), 2 * n * n * d
+    return bytes_of(z, groups) + 4, 2 * n * n * d
 
 
 FOCAL_SUPCON_LOSS = declare(

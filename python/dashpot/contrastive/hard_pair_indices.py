@@ -89,9 +89,9 @@ def hard_pair_indices(
 ) -> tuple[Tensor, Tensor]:
     r"""The hardest positive and the hardest negative of every row, without the B x B matrix.
 
-    With :math:`c_{ij}` the cosine of two rows: hard_pos(i) is the row of i's label with the least
-    :math:`c_{ij}`, hard_neg(i) the row of another label with the largest; the lowest index if several
-    are equal, i itself if there is none.
+    With :math:`c_{ij}` the cosine of two rows: hard_pos(i) is the row of i's label with the
+    least :math:`c_{ij}`, hard_neg(i) the row of another label with the largest; the lowest index if
+    several are equal, i itself if there is none.
 
     Args:
         features: (B, D) rows of any length; float64, float32, bfloat16 or float16. No gradient

@@ -39,6 +39,8 @@ def _hard_pair_mixup_reference(
     classes = torch.arange(num_classes, device=labels.device)
     hot = (labels[:, None] == classes).to(f.dtype)  # (B, K)
     soft = torch.cat([hot, (1 - t) * hot[start] + t * hot[end]])
+    # Attached with a gradient of zero, as an output of any op is.
+    soft = torch.where(torch.zeros_like(soft, dtype=torch.bool), f.sum(), soft)
     first, last = labels[start], labels[end]
     place = torch.arange(share.shape[0], device=labels.device)
     clipped = (share == neg_clip) & (place < labels.shape[0])
@@ -88,7 +90,7 @@ def _hard_pair_mixup_inputs(size, dtype, device, seed):
 
 
 def _hard_pair_mixup_floor(features, labels, *_):
-    """Rows, weights and indices in; three batches of rows, five soft labels a row and groups out."""
+    """Rows, weights and indices in; three batches of rows, soft labels and groups out."""
     b, d = features.shape
     size = features.element_size()
     return size * b * (4 * d + 3 * 5) + 8 * b * (4 + 3) + 8 * b, 6 * b * d
@@ -199,8 +201,9 @@ def hard_pair_mixup(
         for name, lam in (("lam_neg", lam_neg), ("lam_pos", lam_pos))
     )
     lam_neg = lam_neg.clamp(min=neg_clip)
-    return HARD_PAIR_MIXUP(features, labels, perm, lam_neg, lam_pos, hard_pos, hard_neg,
-                           num_classes, neg_clip, detach_first)  # fmt: skip
+    mixed, soft, groups = HARD_PAIR_MIXUP(features, labels, perm, lam_neg, lam_pos, hard_pos,
+                                          hard_neg, num_classes, neg_clip, detach_first)  # fmt: skip
+    return mixed, soft.detach(), groups
 
 
 def _beta(alpha: float, count: int, generator, dtype: torch.dtype, device) -> Tensor:

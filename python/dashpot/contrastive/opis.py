@@ -125,7 +125,8 @@ def _ranks(far_range: tuple[float, float], impostors: int) -> list[int]:
 def _opis_inputs(size, dtype, device, seed):
     """Odd sizes find their range, even ones are given it."""
     n, _ = size
-    embeddings, labels = grouped_rows(size, dtype, device, seed)
+    embeddings, _ = grouped_rows(size, dtype, device, seed)
+    _, labels = grouped_rows(size, dtype, device, 0)  # their number of classes is an argument
     values, _, classes, impostors = _dense(labels)
     d_range, ranks = ([], _ranks((0.05, 0.4), impostors)) if n % 2 else ([0.9, 1.3], [])
     return embeddings, classes, values.shape[0], d_range, ranks, 11 + n % 7, n % 3 > 0
@@ -189,7 +190,8 @@ def opis(
         return_curves: also return `OpisCurves`.
 
     Returns:
-        The score () float64, NaN if a row is not finite; with `return_curves` (score, `OpisCurves`).
+        The score () float64, NaN if a row is not finite; with `return_curves` (score,
+        `OpisCurves`).
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; no class with
@@ -202,7 +204,7 @@ def opis(
     n = embeddings.shape[0]
     labels = check_integers(labels, "labels", n, embeddings.device)
     far_range = _interval(far_range, "far_range")
-    if not 0 < far_range[0] or far_range[1] > 1:
+    if far_range[0] <= 0 or far_range[1] > 1:
         raise ValueError(f"far_range: expected 0 < low < high <= 1, got {far_range}")
     d_range = None if d_range is None else _interval(d_range, "d_range")
     if not isinstance(num_thresholds, int) or isinstance(num_thresholds, bool):

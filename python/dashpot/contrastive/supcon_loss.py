@@ -43,7 +43,8 @@ def supcon_loss(
             "all", all N rows (SupContrast).
 
     Returns:
-        The loss (), float32, or float64 for float64 inputs; 0 with zero gradient if no row has a positive.
+        The loss (), float32, or float64 for float64 inputs; 0 with zero gradient if no row has a
+        positive.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.

@@ -114,7 +114,7 @@ def _tcm_loss_floor(embeddings, labels, ref_embeddings, ref_labels, *_):
     coordinate."""
     b, d = embeddings.shape
     pairs = b * b if ref_embeddings is None else 2 * b * ref_embeddings.shape[0]
-    return bytes_of(embeddings, labels, ref_embeddings, ref_labels), pairs * d
+    return bytes_of(embeddings, labels, ref_embeddings, ref_labels) + 4, pairs * d
 
 
 TCM_LOSS = declare(
