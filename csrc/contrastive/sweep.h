@@ -40,6 +40,7 @@ struct Problem {
   bool columns = false;                         // log-sums of the keys as well
   // Which pairs of views count, and in which of them equal codes drop the pair.
   bool within = true, mask_within = false, mask_across = false;
+  bool look_within = false;  // visit tiles within a view even if their logits do not count
   PerRow<Code<Work>, Work> row_codes, key_codes;
   double c = 1;
   int threads = 1;
@@ -79,7 +80,7 @@ void for_tiles(const Problem<Work>& problem, const Body& body) {
   const auto visit = [&](int64_t i, int64_t j) {
     const Site place{rows[i].first, rows[i].second, keys[j].first, keys[j].second,
                      problem.same && i == j};
-    if (!problem.within && place.row_view == place.key_view) return;
+    if (!problem.within && !problem.look_within && place.row_view == place.key_view) return;
     alignas(64) Work scratch[kMaxPanel * kMaxPanel];
     body(place, scratch);
   };
@@ -141,7 +142,9 @@ void add_log_sums(const Problem<Work>& problem, LogSums<Work>& rows, LogSums<Wor
     double* row_sum = rows.sum.of(at.row_view, i);
     double* key_sum = columns ? keys.sum.of(at.key_view, j) : nullptr;
     const bool all = !tile.row_codes && tile.columns == tile.stride;
-    if (!fixed) {
+    if (!problem.within && at.row_view == at.key_view) {
+      // only looked at
+    } else if (!fixed) {
       run_on_isa<AddExponentialsWide<Work>>(
           &tile, static_cast<Work>(problem.c), rows.shift.of(at.row_view, i), row_sum,
           columns ? keys.shift.of(at.key_view, j) : nullptr, key_sum);

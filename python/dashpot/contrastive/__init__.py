@@ -8,7 +8,10 @@ Shapes: B queries, N keys, D coordinates.
 """
 
 from dashpot.contrastive.info_nce import INFO_NCE, info_nce
+from dashpot.contrastive.koleo_loss import KOLEO_LOSS, koleo_loss
+from dashpot.contrastive.nt_xent import NT_XENT, nt_xent
+from dashpot.contrastive.regularized_info_nce import REGULARIZED_INFO_NCE, regularized_info_nce
 
-__all__ = ["info_nce"]
+__all__ = ["info_nce", "koleo_loss", "nt_xent", "regularized_info_nce"]
 
-OPS = (INFO_NCE,)
+OPS = (INFO_NCE, NT_XENT, KOLEO_LOSS, REGULARIZED_INFO_NCE)
