@@ -123,7 +123,7 @@ def test_resources(compiled, ptxas_usage, kernel_limits, family, capability):
     seen = {}
     for op, launcher in launchers(family):
         for args in calls(op, launcher, capability):
-            for kernel in compiled(capability, launcher.forward, *args):
+            for kernel in compiled(capability, both_passes, op, launcher, args):
                 if kernel.hash not in seen:
                     seen[kernel.hash] = kernel.metadata.name
                     usage = usage_of(kernel, ptxas_usage)

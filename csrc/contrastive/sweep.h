@@ -40,9 +40,13 @@ struct Problem {
   bool columns = false;                         // log-sums of the keys as well
   // Which pairs of views count, and in which of them equal codes drop the pair.
   bool within = true, mask_within = false, mask_across = false;
+  bool look_within = false;  // visit tiles within a view even if their logits do not count
   PerRow<Code<Work>, Work> row_codes, key_codes;
   double c = 1;
   int threads = 1;
+  // Room for all tiles of rows with themselves, if a sweep is to leave its cosines to the next one.
+  std::unique_ptr<Work[]> tiles;
+  bool ready = false;  // the cosines are there
 
   double bound() const {
     double most = 0;
@@ -55,6 +59,21 @@ struct Problem {
     return most;
   }
 
+  // Numbers in the tiles above and on the diagonal.
+  int64_t tiles_size() const {
+    const int64_t n = panels();
+    return n * (n + 1) / 2 * rows[0]->panel * rows[0]->panel;
+  }
+  int64_t panels() const {
+    int64_t n = 0;
+    for (const Panels<Work>* view : rows) n += view->count;
+    return n;
+  }
+  Work* tile(int64_t i, int64_t j) const {  // i <= j
+    const int64_t before = i * panels() - i * (i - 1) / 2 + (j - i);
+    return tiles.get() + before * rows[0]->panel * rows[0]->panel;
+  }
+
   // Whether one constant shift serves all rows; false where a norm is not finite.
   bool fixed() const { return bound() <= widest_bound<Work>(); }
 };
@@ -65,7 +84,8 @@ struct Site {
   bool diagonal;  // the panel with itself
 };
 
-// body(place, scratch) for every tile that counts; scratch: (panel, panel) of the running thread.
+// body(place, scratch) for every tile that counts; scratch: (panel, panel) of the running thread,
+// or the tile's own.
 template <class Work, class Body>
 void for_tiles(const Problem<Work>& problem, const Body& body) {
   const auto panels = [](const std::vector<const Panels<Work>*>& views) {
@@ -79,9 +99,13 @@ void for_tiles(const Problem<Work>& problem, const Body& body) {
   const auto visit = [&](int64_t i, int64_t j) {
     const Site place{rows[i].first, rows[i].second, keys[j].first, keys[j].second,
                      problem.same && i == j};
-    if (!problem.within && place.row_view == place.key_view) return;
+    if (!problem.within && !problem.look_within && place.row_view == place.key_view) return;
+    if (problem.tiles) {
+      body(place, problem.tile(i, j));
+      return;
+    }
     alignas(64) Work scratch[kMaxPanel * kMaxPanel];
-    body(place, scratch);
+    body(place, static_cast<Work*>(scratch));
   };
   if (problem.same) {
     for_pairs(static_cast<int64_t>(rows.size()), problem.threads, visit);
@@ -96,7 +120,7 @@ template <class Work>
 Tile<Work> tile_at(const Problem<Work>& problem, const Site& at, Work* scratch) {
   const Panels<Work>& a = *problem.rows[at.row_view];
   const Panels<Work>& b = *problem.keys[at.key_view];
-  products(a, at.row_panel, b, at.key_panel, scratch);
+  if (!problem.ready) products(a, at.row_panel, b, at.key_panel, scratch);
   const bool across = at.row_view != at.key_view;
   const bool masked = across ? problem.mask_across : problem.mask_within;
   return {scratch,
@@ -141,7 +165,9 @@ void add_log_sums(const Problem<Work>& problem, LogSums<Work>& rows, LogSums<Wor
     double* row_sum = rows.sum.of(at.row_view, i);
     double* key_sum = columns ? keys.sum.of(at.key_view, j) : nullptr;
     const bool all = !tile.row_codes && tile.columns == tile.stride;
-    if (!fixed) {
+    if (!problem.within && at.row_view == at.key_view) {
+      // only looked at
+    } else if (!fixed) {
       run_on_isa<AddExponentialsWide<Work>>(
           &tile, static_cast<Work>(problem.c), rows.shift.of(at.row_view, i), row_sum,
           columns ? keys.shift.of(at.key_view, j) : nullptr, key_sum);

@@ -16,7 +16,10 @@ from dashpot.contrastive.focal_supcon_loss import FOCAL_SUPCON_LOSS, focal_supco
 from dashpot.contrastive.hard_pair_indices import HARD_PAIR_INDICES, hard_pair_indices
 from dashpot.contrastive.hard_pair_mixup import HARD_PAIR_MIXUP, hard_pair_mixup
 from dashpot.contrastive.info_nce import INFO_NCE, info_nce
+from dashpot.contrastive.koleo_loss import KOLEO_LOSS, koleo_loss
+from dashpot.contrastive.nt_xent import NT_XENT, nt_xent
 from dashpot.contrastive.opis import OPIS, OpisCurves, opis
+from dashpot.contrastive.regularized_info_nce import REGULARIZED_INFO_NCE, regularized_info_nce
 from dashpot.contrastive.supcon_loss import (
     SUPCON_LOSS,
     MultiViewSupConLoss,
@@ -42,13 +45,19 @@ __all__ = [
     "hard_pair_indices",
     "hard_pair_mixup",
     "info_nce",
+    "koleo_loss",
+    "nt_xent",
     "opis",
+    "regularized_info_nce",
     "supcon_loss",
     "tcm_loss",
 ]
 
 OPS = (
     INFO_NCE,
+    NT_XENT,
+    KOLEO_LOSS,
+    REGULARIZED_INFO_NCE,
     HARD_PAIR_INDICES,
     HARD_PAIR_MIXUP,
     FOCAL_SUPCON_LOSS,
