@@ -14,8 +14,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from dashpot.triton_kernels._contrastive_tiles import (
     COLUMNS,
     INNER,
@@ -28,9 +26,10 @@ from dashpot.triton_kernels._contrastive_tiles import (
     too_many_rows,
     unit,
 )
+from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _focal_sums_kernel(
     z_ptr,  # (n, d)
     paired_ptr,  # () int64, rows with a positive: the first ones
@@ -96,7 +95,7 @@ def _focused(x, gamma, FOCUS: tl.constexpr):
     return value, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _focal_terms_kernel(
     z_ptr,  # (n, d)
     first_ptr,  # (n,) int64, first row of the group
@@ -136,7 +135,7 @@ def _focal_terms_kernel(
     tl.store(pull_ptr + row, pull, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _focal_gradient_kernel(
     z_ptr,  # (n, d)
     first_ptr,  # (n,) int64
@@ -291,7 +290,7 @@ def focal_supcon_loss_backward(
     return project(out, z, normalize)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _hard_pair_indices_kernel(
     u_ptr,  # (n, d)
     labels_ptr,  # (n,) int64
@@ -357,7 +356,7 @@ def hard_pair_indices_forward(
     return pos, neg
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b", "classes"])
 def _hard_pair_mixup_kernel(
     f_ptr,  # (b, d)
     labels_ptr,  # (b,) int64
@@ -403,7 +402,7 @@ def _hard_pair_mixup_kernel(
         tl.store(groups_ptr + row, group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b"])
 def _hard_pair_mixup_adjoint_kernel(
     g_ptr,  # (3 b, d)
     share_ptr,  # (2 b,) float32

@@ -13,8 +13,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from dashpot.triton_kernels._contrastive_tiles import (
     COLUMNS,
     INNER,
@@ -27,6 +25,7 @@ from dashpot.triton_kernels._contrastive_tiles import (
     too_many_rows,
     unit,
 )
+from torch import Tensor
 
 _DIGIT = 16  # bits of a cosine's representation that a sweep decides
 
@@ -40,7 +39,7 @@ def _sets(s, same, own, there, margin_pos, margin_neg):
     return pos, neg
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b", "n", "shift"])
 def _tcm_sums_kernel(
     u_ptr,  # (b, d)
     v_ptr,  # (n, d)
@@ -88,7 +87,7 @@ def _tcm_sums_kernel(
     tl.store(counts_ptr + programs + program, tl.sum(count_neg, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["b", "n", "shift"])
 def _tcm_gradient_kernel(
     u_ptr,  # (b, d)
     v_ptr,  # (n, d)
@@ -189,7 +188,7 @@ def tcm_loss_backward(
     return grad, weighted(v, u, ids, labels, -shift, ref_embeddings)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_classes"])
 def _opis_digits_kernel(
     u_ptr,  # (n, d)
     classes_ptr,  # (n,) int64
@@ -228,7 +227,7 @@ def _opis_digits_kernel(
             tl.atomic_add(counts_ptr + 65536 + digit, one, mask=pair & ((key >> 16) == high))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "num_classes", "thresholds"])
 def _opis_counts_kernel(
     u_ptr,  # (n, d)
     classes_ptr,  # (n,) int64

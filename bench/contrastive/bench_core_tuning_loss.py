@@ -1,5 +1,5 @@
-"""core_tuning_loss, forward + backward: soft-label cross entropy and the focal loss of a mixed batch,
-against the same in eager PyTorch."""
+"""core_tuning_loss, forward + backward: soft-label cross entropy and the focal loss of a mixed
+batch, against the same in eager PyTorch."""
 
 import torch
 from dashpot._measure import Peer

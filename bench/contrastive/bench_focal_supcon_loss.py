@@ -1,5 +1,5 @@
-"""focal_supcon_loss, forward + backward: mixed batches (20 classes and twice as many rows alone) and
-batches of groups, against the published code's operations and the bare matrix products.
+"""focal_supcon_loss, forward + backward: mixed batches (20 classes and twice as many rows alone)
+and batches of groups, against the published code's operations and the bare matrix products.
 """
 
 import torch

@@ -21,9 +21,9 @@ def eager(features, labels, perm, lam_neg, lam_pos, hard_pos, hard_neg, num_clas
 
     def both(rows):
         first = rows.detach() if detach_first else rows
-        l, m = lam_neg[:, None], lam_pos[:, None]
-        random = (1 - l) * rows + l * rows[perm]
-        hard = m * rows[hard_pos] + (1 - m) * rows[hard_neg]
+        far, near = lam_neg[:, None], lam_pos[:, None]
+        random = (1 - far) * rows + far * rows[perm]
+        hard = near * rows[hard_pos] + (1 - near) * rows[hard_neg]
         return torch.cat([first, random, hard])
 
     return both(features), both(hot)

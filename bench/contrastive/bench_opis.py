@@ -1,4 +1,4 @@
-"""opis' counts against NumPy with a loop over the classes: the range given, and (odd sizes) found."""
+"""opis' counts against NumPy with a loop over the classes; odd sizes find their range."""
 
 import numpy as np
 import torch

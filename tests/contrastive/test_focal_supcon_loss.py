@@ -145,7 +145,7 @@ def test_reductions(backend64, reduction):
 
 
 def test_normalize(backend64):
-    """As if the rows had been normalised before, gradient included; their length does not matter."""
+    """As if the rows had been normalised before, gradient included."""
     z, ids = rows_and_groups(30, 6, 5, device=backend64.device)
     scale = torch.rand(30, 1, dtype=z.dtype, device=z.device) + 0.1
     leaf = (z * scale).requires_grad_()

@@ -1,4 +1,4 @@
-"""supcon_loss: the focal loss with gamma = 0 and the mean over positives; Modules like the peers'."""
+"""supcon_loss: the focal loss with gamma = 0, a mean over positives; Modules like the peers'."""
 
 from __future__ import annotations
 

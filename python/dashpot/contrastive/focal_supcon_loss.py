@@ -55,8 +55,8 @@ def _focal_supcon_loss_reference(
     """l_i = -1/M_i sum_{j in P(i)} (1 - p_ij)^gamma log p_ij, p_ij = exp(s_ij - lse_i), lse_i over
     k != i, M_i = |P(i)| ("count") or N ("batch"); the mean is over rows with a positive.
 
-    Also returns lse (N,) and pull (N,), h_i = sum_{j in P(i)} of the derivative of -(1 - p)^gamma log p
-    by log p, both 0 where there is no positive: what the backward needs of the forward.
+    Also returns lse (N,) and pull (N,), h_i = sum_{j in P(i)} of the derivative of
+    -(1 - p)^gamma log p by log p, both 0 where there is no positive: what the backward needs of the forward.
     """
     u = unit_rows(z) if normalize else wide(z)  # (N, d)
     log_p, same, count, lse = _pairs(u, groups, temperature)
@@ -106,7 +106,8 @@ def _focal_supcon_loss_inputs(size, dtype, device, seed):
     z, groups = rows_of(size, dtype, device, seed)
     if n % 2 == 0:
         z = unit_rows(z).to(dtype)
-    return z, groups, 0.2, 1.0 + n % 3 / 2, n % 2 == 0, False, n % 2 == 1, "mean"
+    gamma = {33: 1.5, 64: 2.0}.get(n, 1.0)
+    return z, groups, 0.2, gamma, n % 2 == 0, False, n % 2 == 1, "mean"
 
 
 def _focal_supcon_loss_floor(z, groups, *_):

@@ -201,8 +201,10 @@ def hard_pair_mixup(
         for name, lam in (("lam_neg", lam_neg), ("lam_pos", lam_pos))
     )
     lam_neg = lam_neg.clamp(min=neg_clip)
-    mixed, soft, groups = HARD_PAIR_MIXUP(features, labels, perm, lam_neg, lam_pos, hard_pos,
-                                          hard_neg, num_classes, neg_clip, detach_first)  # fmt: skip
+    mixed, soft, groups = HARD_PAIR_MIXUP(
+        features, labels, perm, lam_neg, lam_pos, hard_pos, hard_neg, num_classes, neg_clip,
+        detach_first,
+    )  # fmt: skip
     return mixed, soft.detach(), groups
 
 
