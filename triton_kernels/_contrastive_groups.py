@@ -17,6 +17,7 @@ import triton.language as tl
 from dashpot.triton_kernels._contrastive_tiles import (
     COLUMNS,
     INNER,
+    NARROW,
     ROWS,
     SLICE,
     add_product,
@@ -251,11 +252,11 @@ def focal_supcon_loss_forward(
         grid = (triton.cdiv(n, ROWS),)
         _focal_sums_kernel[grid](
             u, paired, lse, n, d, c, M=ROWS, N=COLUMNS, INNER=INNER,
-            UNIT=normalize and c <= 40, PRECISION=precision, num_warps=4,
+            UNIT=normalize and c <= 40, PRECISION=precision, num_warps=8,
         )  # fmt: skip
         _focal_terms_kernel[grid](
-            u, first, last, lse, sums, pull, n, d, c, gamma, M=ROWS, N=COLUMNS, INNER=INNER,
-            FOCUS=_focus_of(gamma), PRECISION=precision, num_warps=4,
+            u, first, last, lse, sums, pull, n, d, c, gamma, M=ROWS, N=NARROW, INNER=INNER,
+            FOCUS=_focus_of(gamma), PRECISION=precision, num_warps=8,
         )  # fmt: skip
     loss = -sums * _shares(first, last, paired, by_count, all_anchors, reduction)
     back = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=z.device))
@@ -283,8 +284,8 @@ def focal_supcon_loss_backward(
     if n and d:
         _focal_gradient_kernel[(triton.cdiv(n, ROWS), triton.cdiv(d, SLICE))](
             u, first, last, paired, lse, w, push, grad, n, d, c, gamma,
-            M=ROWS, N=COLUMNS, INNER=INNER, SLICE=SLICE, FOCUS=_focus_of(gamma), UNIT=is_unit,
-            PRECISION=precision_of(z, normalize), num_warps=4,
+            M=ROWS, N=NARROW, INNER=INNER, SLICE=SLICE, FOCUS=_focus_of(gamma), UNIT=is_unit,
+            PRECISION=precision_of(z, normalize), num_warps=8,
         )  # fmt: skip
     out = torch.empty_like(grad).index_copy_(0, order, grad)
     return project(out, z, normalize)
@@ -351,7 +352,7 @@ def hard_pair_indices_forward(
     if n:
         _hard_pair_indices_kernel[(triton.cdiv(n, ROWS),)](
             unit(features, True), labels, pos, neg, n, d, M=ROWS, N=COLUMNS, INNER=INNER,
-            OFFICIAL=official, PRECISION=precision_of(features, True), num_warps=4,
+            OFFICIAL=official, PRECISION=precision_of(features, True), num_warps=8,
         )  # fmt: skip
     return pos, neg
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from dashpot.triton_kernels._contrastive_tiles import (
     COLUMNS,
     INNER,
+    NARROW,
     ROWS,
     SLICE,
     add_product,
@@ -149,7 +150,7 @@ def tcm_loss_forward(
             u, v, labels, labels if mirror else ref_labels, sums, counts, b, v.shape[0], d,
             max(offset, 0), margin_pos, margin_neg, M=ROWS, N=COLUMNS, INNER=INNER,
             OWN=offset >= 0, MIRROR=mirror, PRECISION=precision_of(embeddings, normalize),
-            num_warps=4,
+            num_warps=8,
         )  # fmt: skip
     sums, counts = sums.sum(1), counts.sum(1)
     means = sums / counts.clamp(min=1)
@@ -176,8 +177,8 @@ def tcm_loss_backward(
         if n and d:
             _tcm_gradient_kernel[(triton.cdiv(n, ROWS), triton.cdiv(d, SLICE))](
                 a, b, a_labels, b_labels, scale, grad, n, b.shape[0], d, shift, margin_pos,
-                margin_neg, M=ROWS, N=COLUMNS, INNER=INNER, SLICE=SLICE, OWN=offset >= 0,
-                PRECISION=precision_of(embeddings, normalize), num_warps=4,
+                margin_neg, M=ROWS, N=NARROW, INNER=INNER, SLICE=SLICE, OWN=offset >= 0,
+                PRECISION=precision_of(embeddings, normalize), num_warps=8,
             )  # fmt: skip
         return project(grad, rows, normalize)
 
@@ -285,8 +286,8 @@ def _range_of(u, classes, num_classes: int, ranks: list[int], precision: str) ->
     for leading in (True, False):
         counts = torch.zeros((2, 1 << _DIGIT), dtype=torch.int64, device=u.device)
         _opis_digits_kernel[(triton.cdiv(n, ROWS),)](
-            u, classes, found, counts, n, d, num_classes, M=ROWS, N=COLUMNS, INNER=INNER,
-            LEADING=leading, PRECISION=precision, num_warps=4,
+            u, classes, found, counts, n, d, num_classes, M=ROWS, N=NARROW, INNER=INNER,
+            LEADING=leading, PRECISION=precision, num_warps=8,
         )  # fmt: skip
         upto = (counts[:1].expand(2, -1) if leading else counts).cumsum(1)  # (2, 65536)
         digit = (upto < left[:, None]).sum(1)  # (2,)
@@ -323,8 +324,8 @@ def opis_forward(
     if n:
         _opis_counts_kernel[(triton.cdiv(n, ROWS),)](
             u, classes, bounds, tables[0], tables[1], n, d, num_classes, num_thresholds,
-            M=ROWS, N=COLUMNS, INNER=INNER, STEPS=(num_thresholds + 1).bit_length(),
-            PRECISION=precision, num_warps=4,
+            M=ROWS, N=NARROW, INNER=INNER, STEPS=(num_thresholds + 1).bit_length(),
+            PRECISION=precision, num_warps=8,
         )  # fmt: skip
     upto = tables[..., :-1].cumsum(2)
     return upto[0].contiguous(), upto[1].contiguous(), grid

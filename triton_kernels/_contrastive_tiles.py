@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, COLUMNS, INNER = 64, 64, 32  # a tile, and the coordinates of one product
+NARROW = 32  # columns, where more numbers belong to a pair than registers hold for 64
 SLICE = 64  # coordinates of a gradient that a program owns
 
 

@@ -56,7 +56,8 @@ def _focal_supcon_loss_reference(
     k != i, M_i = |P(i)| ("count") or N ("batch"); the mean is over rows with a positive.
 
     Also returns lse (N,) and pull (N,), h_i = sum_{j in P(i)} of the derivative of
-    -(1 - p)^gamma log p by log p, both 0 where there is no positive: what the backward needs of the forward.
+    -(1 - p)^gamma log p by log p, both 0 where there is no positive: what the backward
+    needs of the forward.
     """
     u = unit_rows(z) if normalize else wide(z)  # (N, d)
     log_p, same, count, lse = _pairs(u, groups, temperature)
