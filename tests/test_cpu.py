@@ -60,3 +60,24 @@ def test_rounding_to_sixteen_bits(isa, dtype):
         got = dashpot.combine(values[None], torch.tensor([factor], dtype=torch.float64))
         want = (values.float() * torch.tensor(factor, dtype=torch.float32)).to(dtype)
         torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ["exp", "log"])
+def test_vector_functions(isa, name, dtype):
+    """Within 2 ulp over the whole range, and torch's at 0, inf, NaN and beyond the range."""
+    highest, lowest = {torch.float32: (88.72, -103.9), torch.float64: (709.78, -745.0)}[dtype]
+    if name == "exp":
+        x = torch.cat([torch.linspace(lowest, highest, 100_000), torch.linspace(-2, 2, 9_999)])
+    else:
+        x = torch.cat([torch.logspace(-44, 38, 50_000, dtype=torch.float64),
+                       torch.linspace(0.5, 2, 50_001)])  # fmt: skip
+    x = x.to(dtype)
+    function = getattr(_C, f"vector_{name}")
+    got, want = function(x), getattr(torch, name)(x.double() if dtype == torch.float32 else x)
+    ulp = torch.finfo(dtype).eps * want.abs().clamp(min=torch.finfo(dtype).tiny)
+    limit = 2 if dtype == torch.float32 else 3  # torch's own float64 is off by one
+    assert ((got.double() - want.double()).abs() <= limit * ulp).all()
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, -1.0, 1.0, 2 * highest,
+                            2 * lowest], dtype=dtype)  # fmt: skip
+    torch.testing.assert_close(function(special), getattr(torch, name)(special), equal_nan=True)

@@ -100,6 +100,18 @@ def calls(op, launcher, capability: int):
                 yield args
 
 
+def both_passes(op, launcher, args) -> None:
+    """Forward and, if the launcher has one, backward. Nothing is launched: values mean nothing."""
+    outputs = launcher.forward(*args)
+    if launcher.backward is None:
+        return
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.ones_like(output) for output in outputs]
+    needs = [[True] * len(op._slots)]
+    source = {"arg": args, "out": outputs, "grad": grads, "needs": needs}
+    launcher.backward(*[source[kind][i] for kind, i in op._plan.takes])
+
+
 def tensors(op, size) -> list[torch.Tensor]:
     return op._flatten(op.inputs(size, torch.float32, "cpu", 0))
 
@@ -111,13 +123,20 @@ def test_resources(compiled, ptxas_usage, kernel_limits, family, capability):
     seen = {}
     for op, launcher in launchers(family):
         for args in calls(op, launcher, capability):
-            for kernel in compiled(capability, launcher.forward, *args):
+            for kernel in compiled(capability, both_passes, op, launcher, args):
                 if kernel.hash not in seen:
                     seen[kernel.hash] = kernel.metadata.name
                     usage = usage_of(kernel, ptxas_usage)
                     kernel_limits.check(family, kernel.metadata.name, usage)
-    source = (ROOT / "triton_kernels" / f"{family}.py").read_text()
-    assert set(seen.values()) == set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))
+    assert set(seen.values()) == kernels_in(family)
+
+
+def kernels_in(family: str) -> set[str]:
+    """Names in the family's file and its parts, `_<family>_<part>.py`."""
+    folder = ROOT / "triton_kernels"
+    files = [folder / f"{family}.py", *folder.glob(f"_{family}_*.py")]
+    source = "\n".join(path.read_text() for path in files)
+    return set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))
 
 
 def test_a_target_without_device_compiles(compiled, ptxas_usage):

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -368,10 +368,18 @@ class Op:
     def _run_backward(self, *args):
         args = _contiguous(args)
         first = args[0][0] if isinstance(args[0], list | tuple) else args[0]
-        kernels = self.kernels(first.device.type) if _forced.get() is None else ()
-        run = next((kernel.backward for kernel in kernels if kernel.backward is not None), None)
+        run = next((k.backward for k in self._candidates(first) if k.backward is not None), None)
         with _no_autocast(first.device.type):
             return self._filled(run or self.reference_backward)(*args)
+
+    def _candidates(self, first: torch.Tensor) -> Iterator[Kernel]:
+        """The kernels that may run a backward of which only this tensor is known."""
+        forced = _forced.get()
+        if type(forced) is tuple:
+            kernels = [k for name in forced if isinstance(k := self.kernel(name), Kernel)]
+        else:
+            kernels = self.kernels(first.device.type)
+        return (k for k in kernels if first.device.type in k.devices and first.dtype in k.dtypes)
 
     def _registered_context(self, ctx, inputs, output):
         self._save(ctx, None, inputs, output if isinstance(output, tuple) else (output,))

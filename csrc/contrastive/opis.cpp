@@ -1,0 +1,304 @@
+// opis: embeddings (N, D), classes (N,) -> genuine, impostor (C, T) int64 pairs within each
+// threshold, grid (T,) float64.
+//
+// Rows are ordered by class, so a panel of rows meets few classes. A sweep over the tiles on and
+// above the diagonal puts each pair into the interval between two thresholds: the interval is
+// guessed from the distance and then compared with the cosines at its ends, so counts at thresholds
+// are exact. A tile counts into a table of its own (classes of its two panels by T + 1), which then
+// goes to the common one by integer atomics: sums of integers have no order.
+//
+// The range by ranks: impostor cosines are chosen exactly, 16 bits of their ordered representation
+// at a time; each sweep counts what the next 16 bits of those are that agree so far.
+#include <omp.h>
+
+#include <array>
+#include <atomic>
+#include <tuple>
+
+#include "common/bind.h"
+#include "common/math.h"
+#include "common/schedule.h"
+#include "contrastive/groups.h"
+#include "contrastive/logits.h"
+#include "contrastive/panels.h"
+
+namespace dashpot::contrastive {
+namespace {
+
+// Cosines as unsigned numbers that grow as they fall: the smallest distance first.
+template <class Work>
+struct Key {
+  using Bits = std::conditional_t<sizeof(Work) == 4, uint32_t, uint64_t>;
+  static constexpr int kBits = 8 * sizeof(Bits);
+
+  static Bits of(Work s) {
+    Bits bits;
+    s += Work(0);  // -0 as 0
+    std::memcpy(&bits, &s, sizeof bits);
+    const Bits sign = Bits{1} << (kBits - 1);
+    return ~(bits & sign ? ~bits : bits | sign);
+  }
+  static Work cosine(Bits key) {
+    const Bits sign = Bits{1} << (kBits - 1);
+    Bits bits = ~key;
+    bits = bits & sign ? bits ^ sign : ~bits;
+    Work s;
+    std::memcpy(&s, &bits, sizeof s);
+    return s;
+  }
+};
+
+template <class Work>
+class Sweep {
+ public:
+  const std::vector<int64_t> order;
+  const Panels<Work> rows;
+  const int64_t num_classes;
+  const int threads;
+  std::vector<int32_t> classes;  // (N,) in this order; num_classes for rows without a class
+
+  template <class In>
+  Sweep(const In* z, const int64_t* ids, int64_t n, int64_t d, int64_t num_classes, int threads)
+      : order(order_by_id(ids, n)),
+        rows(gathered(z, order, d).get(), n, d, 1e-12, threads, panel_for(n)),
+        num_classes(num_classes),
+        threads(threads) {
+    classes.reserve(n);
+    for (const int64_t i : order) {
+      if (ids[i] < 0 || ids[i] > num_classes) {
+        throw std::invalid_argument("classes: expected 0..num_classes");
+      }
+      classes.push_back(static_cast<int32_t>(ids[i]));
+    }
+  }
+
+  // body(i, j, tile, first): rows of panels i <= j; the pairs of row a are the columns from
+  // first(a) on. Panels are square.
+  template <class Body>
+  void for_tiles(const Body& body) const {
+    for_pairs(rows.count, threads, [&](int64_t i, int64_t j) {
+      alignas(64) Work scratch[kMaxPanel * kMaxPanel];
+      products(rows, i, rows, j, scratch);
+      body(i, j, scratch, [&](int64_t a) { return i == j ? a + 1 : int64_t{0}; });
+    });
+  }
+
+  bool alike(int32_t a, int32_t b) const { return a == b && a < num_classes; }
+
+ private:
+  template <class In>
+  static std::unique_ptr<In[]> gathered(const In* z, const std::vector<int64_t>& order, int64_t d) {
+    std::unique_ptr<In[]> out(new In[order.size() * d]);
+    for (size_t k = 0; k < order.size(); ++k) std::copy_n(z + order[k] * d, d, out.get() + k * d);
+    return out;
+  }
+};
+
+// The impostor cosines of two ranks, counted from 1 by growing distance.
+template <class Work>
+std::array<double, 2> cosines_at(const Sweep<Work>& sweep, const std::vector<int64_t>& ranks) {
+  using Bits = typename Key<Work>::Bits;
+  constexpr int kDigit = 16;
+  constexpr int64_t kBins = int64_t{1} << kDigit;
+  std::array<Bits, 2> found{};
+  std::array<int64_t, 2> left{ranks.at(0), ranks.at(1)};
+  for (int done = 0; done < Key<Work>::kBits; done += kDigit) {
+    const int shift = Key<Work>::kBits - done - kDigit;
+    const int tables = found[0] == found[1] ? 1 : 2;          // both may agree so far
+    std::vector<std::vector<int64_t>> counts(sweep.threads);  // integers: any split adds up alike
+    for (auto& one : counts) one.assign(tables * kBins, 0);
+    sweep.for_tiles([&](int64_t i, int64_t j, const Work* s, auto first) {
+      int64_t* table = counts[omp_get_thread_num()].data();
+      const int32_t* column = sweep.classes.data() + sweep.rows.begin(j);
+      for (int64_t a = 0; a < sweep.rows.height(i); ++a) {
+        const int32_t own = sweep.classes[sweep.rows.begin(i) + a];
+        for (int64_t b = first(a); b < sweep.rows.height(j); ++b) {
+          if (sweep.alike(own, column[b])) continue;
+          const Bits key = Key<Work>::of(s[a * sweep.rows.panel + b]);
+          const Bits digit = (key >> shift) & (kBins - 1);
+          for (int t = 0; t < tables; ++t) {
+            if (done == 0 || key >> (shift + kDigit) == found[t]) ++table[t * kBins + digit];
+          }
+        }
+      }
+    });
+    std::array<Bits, 2> longer{};
+    for (int k = 0; k < 2; ++k) {
+      const int64_t base = tables == 2 ? k * kBins : 0;
+      int64_t digit = 0;
+      for (;; ++digit) {
+        int64_t here = 0;
+        for (const auto& one : counts) here += one[base + digit];
+        if (left[k] <= here) break;
+        left[k] -= here;
+        if (digit + 1 == kBins) throw std::invalid_argument("ranks: beyond the impostor pairs");
+      }
+      longer[k] = (done == 0 ? Bits{0} : static_cast<Bits>(found[k] << (kDigit - 1) << 1)) |
+                  static_cast<Bits>(digit);
+    }
+    found = longer;
+  }
+  return {Key<Work>::cosine(found[0]), Key<Work>::cosine(found[1])};
+}
+
+struct Grid {
+  std::vector<double> distance, cosine;  // (T,)
+  bool euclidean;
+};
+
+double distance_of(double s, bool euclidean) {
+  return euclidean ? std::sqrt(std::max(2 - 2 * s, 0.0)) : 1 - s;
+}
+
+Grid grid_of(std::array<double, 2> ends, int64_t count, bool euclidean,
+             const std::array<double, 2>* exact) {
+  Grid grid{std::vector<double>(count), std::vector<double>(count), euclidean};
+  for (int64_t k = 0; k < count; ++k) {
+    const double step = (ends[1] - ends[0]) / static_cast<double>(count - 1);
+    const double d = ends[0] + static_cast<double>(k) * step;
+    grid.distance[k] = d;
+    grid.cosine[k] = euclidean ? 1 - d * d / 2 : 1 - d;
+  }
+  if (exact) {  // a pair that lies on an end counts
+    grid.distance.back() = ends[1];
+    grid.cosine.front() = (*exact)[0];
+    grid.cosine.back() = (*exact)[1];
+  }
+  return grid;
+}
+
+// For columns of a row of cosines: the number of thresholds that are nearer, up to one too many or
+// too few.
+template <class Work>
+struct Guess {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const Work* s, int64_t columns, bool euclidean, Work start,
+                                 Work scale, int64_t count, Code<Work>* out) {
+    const Vec<Work, isa> zero{};
+    for (int64_t j = 0; j < columns; j += kLanes<Work, isa>) {
+      Vec<Work, isa> d = Work(1) - load<Work, isa>(s + j);
+      if (euclidean) {
+        d = d + d;
+        d = d > zero ? d : zero;
+        for (int i = 0; i < kLanes<Work, isa>; ++i) d[i] = std::sqrt(d[i]);
+      }
+      Vec<Work, isa> at = (d - start) * scale;
+      const Vec<Work, isa> most = zero + static_cast<Work>(count);
+      at = at > zero ? at : zero;  // NaN as 0
+      at = at < most ? at : most;
+      store<Code<Work>, isa>(out + j, __builtin_convertvector(at, IntVec<Work, isa>));
+    }
+  }
+};
+
+// Pairs by class and interval, (C, T + 1) each; interval T is beyond the last threshold.
+template <class Work>
+void count_pairs(const Sweep<Work>& sweep, const Grid& grid, int64_t* genuine, int64_t* impostor) {
+  const int64_t count = static_cast<int64_t>(grid.cosine.size()), width = count + 1;
+  // bound[k] > s >= bound[k + 1]: interval k. In Work, so that comparing is exact: a cosine in Work
+  // is at least a threshold iff it is at least the next number of Work above it.
+  std::vector<Work> bound(width + 2);
+  bound.front() = std::numeric_limits<Work>::infinity();
+  for (int64_t k = 0; k < count; ++k) {
+    Work at = static_cast<Work>(grid.cosine[k]);
+    if (static_cast<double>(at) < grid.cosine[k]) {
+      at = std::nextafter(at, std::numeric_limits<Work>::infinity());
+    }
+    bound[k + 1] = at;
+  }
+  bound[count + 1] = -std::numeric_limits<Work>::infinity();
+  const double span = grid.distance.back() - grid.distance.front();
+  const Work start = static_cast<Work>(grid.distance.front());
+  const Work scale = static_cast<Work>(span > 0 ? static_cast<double>(count - 1) / span : 0.0);
+  sweep.for_tiles([&](int64_t i, int64_t j, const Work* s, auto first) {
+    const int32_t* row = sweep.classes.data() + sweep.rows.begin(i);
+    const int32_t* column = sweep.classes.data() + sweep.rows.begin(j);
+    const int64_t height = sweep.rows.height(i), columns = sweep.rows.height(j);
+    const int32_t row_class = row[0], column_class = column[0];
+    const int64_t row_classes = row[height - 1] - row_class + 1;
+    const int64_t column_classes = column[columns - 1] - column_class + 1;
+    // Of both panels: impostors by the row's class, by the column's, and genuine pairs.
+    std::vector<int32_t> table((2 * row_classes + column_classes) * width, 0);
+    int32_t* by_row = table.data();
+    int32_t* inside = by_row + row_classes * width;
+    int32_t* by_column = inside + row_classes * width;
+    alignas(64) Code<Work> guess[kMaxPanel];
+    for (int64_t a = 0; a < height; ++a) {
+      const Work* cosines = s + a * sweep.rows.panel;
+      run_on_isa<Guess<Work>>(cosines, columns, grid.euclidean, start, scale, count,
+                              static_cast<Code<Work>*>(guess));
+      int32_t* own_row = by_row + (row[a] - row_class) * width;
+      int32_t* own_inside = inside + (row[a] - row_class) * width;
+      for (int64_t b = first(a); b < columns; ++b) {
+        int64_t k = guess[b];
+        while (cosines[b] >= bound[k]) --k;
+        while (cosines[b] < bound[k + 1]) ++k;
+        if (sweep.alike(row[a], column[b])) {
+          ++own_inside[k];
+        } else {
+          ++own_row[k];
+          ++by_column[(column[b] - column_class) * width + k];
+        }
+      }
+    }
+    const auto flush = [&](const int32_t* from, int64_t begin, int64_t classes, int64_t* to) {
+      const int64_t live = std::min(classes, sweep.num_classes - begin) * width;
+      for (int64_t k = 0; k < live; ++k) {
+        if (from[k] != 0) {
+          __atomic_fetch_add(to + begin * width + k, int64_t{from[k]}, __ATOMIC_RELAXED);
+        }
+      }
+    };
+    flush(by_row, row_class, row_classes, impostor);
+    flush(inside, row_class, row_classes, genuine);
+    flush(by_column, column_class, column_classes, impostor);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> opis_forward(const Tensor& embeddings, const Tensor& classes,
+                                                int64_t num_classes,
+                                                const std::vector<double>& d_range,
+                                                const std::vector<int64_t>& ranks, int64_t count,
+                                                bool euclidean) {
+  const int threads = num_threads();
+  const int64_t n = embeddings.size(0), d = embeddings.size(1);
+  if (classes.numel != n || classes.dtype != Dtype::kInt64 || n >= int64_t{1} << 31 || count < 2 ||
+      (d_range.size() != 2 && ranks.size() != 2)) {
+    throw std::invalid_argument("expected classes (N,) int64, a range or two ranks, T >= 2");
+  }
+  const Tensor genuine = classes.new_empty({num_classes, count}, Dtype::kInt64);
+  const Tensor impostor = classes.new_empty({num_classes, count}, Dtype::kInt64);
+  const Tensor out = embeddings.new_empty({count}, Dtype::kFloat64);
+  dispatch_floating(embeddings.dtype, [&](auto element) {
+    using In = decltype(element);
+    using Work = WorkOf<In>;
+    const py::gil_scoped_release release;
+    const Sweep<Work> sweep(embeddings.as<const In>(), classes.as<const int64_t>(), n, d,
+                            num_classes, threads);
+    Grid grid;
+    if (d_range.size() == 2) {
+      grid = grid_of({d_range[0], d_range[1]}, count, euclidean, nullptr);
+    } else {
+      const std::array<double, 2> exact = cosines_at(sweep, ranks);
+      grid = grid_of({distance_of(exact[0], euclidean), distance_of(exact[1], euclidean)}, count,
+                     euclidean, &exact);
+    }
+    std::vector<int64_t> inside(num_classes * (count + 1), 0), across(inside);
+    count_pairs(sweep, grid, inside.data(), across.data());
+    std::copy(grid.distance.begin(), grid.distance.end(), out.as<double>());
+    for (int64_t c = 0; c < num_classes; ++c) {
+      int64_t within = 0, strangers = 0;
+      for (int64_t k = 0; k < count; ++k) {
+        genuine.as<int64_t>()[c * count + k] = within += inside[c * (count + 1) + k];
+        impostor.as<int64_t>()[c * count + k] = strangers += across[c * (count + 1) + k];
+      }
+    }
+  });
+  return {genuine, impostor, out};
+}
+
+}  // namespace
+
+DASHPOT_BIND(m) { m.def("opis_forward", &opis_forward); }
+
+}  // namespace dashpot::contrastive

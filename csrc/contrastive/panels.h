@@ -1,0 +1,260 @@
+// Rows of embeddings as the sweeps over pairs see them.
+//
+//   u_i = z_i / max(|z_i|, eps)  (or z_i as it is),  z (n, d) in any dtype -> u in Work
+//
+// Rows are cut into panels of `panel` rows. Each panel lies twice in memory, in strips of kStrip
+// numbers as matmul.h wants them: by rows, (strips of d, panel, kStrip), and by columns, (strips of
+// the panel, d, kStrip). Padding is zero. Beyond these 2 n d numbers a sweep keeps a tile per
+// thread and numbers per row.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "common/matmul.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+#include "common/tensor.h"
+
+namespace dashpot::contrastive {
+
+// What sums are formed in: float64 for float64, else float32.
+template <class In>
+using WorkOf = std::conditional_t<std::is_same_v<In, double>, double, float>;
+
+// Panel height for n rows: low ones give threads more to share, high ones less traffic.
+inline int64_t panel_for(int64_t n) { return n < 2048 ? 64 : 128; }
+
+// A row in strips: `count` times kStrip numbers, `step` apart; padded with zeros.
+template <class Work>
+struct Row {
+  Work* at;
+  int64_t step, count;
+
+  operator Row<const Work>() const { return {at, step, count}; }
+};
+
+template <class Work>
+struct Dot {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const Row<const Work>* x, const Row<const Work>* y, double* out) {
+    Vec<Work, isa> sum{};
+    for (int64_t strip = 0; strip < x->count; ++strip) {
+      for (int64_t k = 0; k < kStrip; k += kLanes<Work, isa>) {
+        sum += load<Work, isa>(x->at + strip * x->step + k) *
+               load<Work, isa>(y->at + strip * y->step + k);
+      }
+    }
+    *out = sum_lanes<Work, isa>(sum);
+  }
+};
+
+template <class Work>
+double dot(Row<const Work> x, Row<const Work> y) {
+  double result;
+  run_on_isa<Dot<Work>>(static_cast<const Row<const Work>*>(&x),
+                        static_cast<const Row<const Work>*>(&y), &result);
+  return result;
+}
+
+// y += factor * x
+template <class Work>
+struct AddScaled {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const Row<Work>* y, const Row<const Work>* x, Work factor) {
+    for (int64_t strip = 0; strip < x->count; ++strip) {
+      for (int64_t k = 0; k < kStrip; k += kLanes<Work, isa>) {
+        Work* at = y->at + strip * y->step + k;
+        store<Work, isa>(
+            at, load<Work, isa>(at) + factor * load<Work, isa>(x->at + strip * x->step + k));
+      }
+    }
+  }
+};
+
+template <class Work>
+void add_scaled(Row<Work> y, Row<const Work> x, double factor) {
+  run_on_isa<AddScaled<Work>>(static_cast<const Row<Work>*>(&y),
+                              static_cast<const Row<const Work>*>(&x), static_cast<Work>(factor));
+}
+
+// x /= divisor, n a multiple of kStrip
+template <class Work>
+struct Divide {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(Work* x, Work divisor, int64_t n) {
+    for (int64_t k = 0; k < n; k += kLanes<Work, isa>) {
+      store<Work, isa>(x + k, load<Work, isa>(x + k) / divisor);
+    }
+  }
+};
+
+// out = (g - u along) factor, gathered from strips
+template <class Work>
+struct Project {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const Row<const Work>* g, const Row<const Work>* u, Work along,
+                                 Work factor, Work* out) {
+    for (int64_t strip = 0; strip < g->count; ++strip) {
+      for (int64_t k = 0; k < kStrip; k += kLanes<Work, isa>) {
+        store<Work, isa>(out + strip * kStrip + k,
+                         (load<Work, isa>(g->at + strip * g->step + k) -
+                          load<Work, isa>(u->at + strip * u->step + k) * along) *
+                             factor);
+      }
+    }
+  }
+};
+
+// |x|, x (n,) with n a multiple of kStrip; right also where squares leave the range of Work.
+template <class Work>
+double norm_of(const Work* x, int64_t n) {
+  const Row<const Work> whole{x, kStrip, n / kStrip};
+  double square = dot(whole, whole);
+  if (square > 1e-30 && square < 1e30) return std::sqrt(square);
+  double largest = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    if (std::isnan(x[k])) return std::nan("");
+    largest = std::max(largest, std::abs(static_cast<double>(x[k])));
+  }
+  if (largest == 0 || std::isinf(largest)) return largest;
+  square = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    const double share = x[k] / largest;
+    square += share * share;
+  }
+  return largest * std::sqrt(square);
+}
+
+template <class Work>
+class Panels {
+ public:
+  int64_t rows = 0, dim = 0, panel = 0, count = 0;
+  double largest = 0;  // norm of the longest row u; NaN if a row is not finite
+
+  // z: (rows, dim); eps: the least norm that is divided by; 0 leaves the rows as they are.
+  template <class In>
+  Panels(const In* z, int64_t rows, int64_t dim, double eps, int threads, int64_t panel)
+      : rows(rows), dim(dim), panel(panel), count((rows + panel - 1) / panel) {
+    by_rows_.reset(new Work[count * row_size()]);
+    by_columns_.reset(new Work[count * panel * dim]);
+    inverse.resize(rows);
+    projected.resize(rows);
+    std::vector<double> longest(count);
+    parallel_for(count, threads, [&](int64_t p) { longest[p] = fill(z, p, eps); });
+    for (const double one : longest)
+      largest = largest >= one || std::isnan(largest) ? largest : one;
+  }
+
+  int64_t begin(int64_t p) const { return p * panel; }
+  int64_t height(int64_t p) const { return std::min(panel, rows - p * panel); }
+  int64_t row_size() const { return strips(dim) * panel * kStrip; }  // numbers of a panel by rows
+  const Work* by_rows(int64_t p) const { return by_rows_.get() + p * row_size(); }
+  const Work* by_columns(int64_t p) const { return by_columns_.get() + p * panel * dim; }
+
+  // Row i of numbers that lie as the panels by rows do: of these, or of gradients.
+  template <class T>
+  Row<T> row_of(T* panels, int64_t i) const {
+    return {panels + i / panel * row_size() + i % panel * kStrip, panel * kStrip, strips(dim)};
+  }
+  Row<const Work> row(int64_t i) const {
+    return row_of(const_cast<const Work*>(by_rows_.get()), i);
+  }
+
+  std::vector<Work> inverse;    // (rows,) u_i = z_i * inverse_i
+  std::vector<char> projected;  // (rows,) whether the norm was divided by, and not eps
+
+  // dz_i = c (g_i - u_i (u_i . g_i)) / |z_i|, or c g_i / eps where the norm is below; out (rows,
+  // dim).
+  template <class Out>
+  void project(const Work* g, Work c, Out* out, int threads) const {
+    parallel_for(count, threads, [&](int64_t p) {
+      const std::unique_ptr<Work[]> line(new Work[strips(dim) * kStrip]);
+      for (int64_t i = begin(p); i < begin(p) + height(p); ++i) {
+        const Row<const Work> u = row(i), gradient = row_of(g, i);
+        const Work along = projected[i] ? static_cast<Work>(dot(u, gradient)) : Work(0);
+        run_on_isa<Project<Work>>(&gradient, &u, along, c * inverse[i], line.get());
+        run_on_isa<ConvertBlock<Out, Work>>(out + i * dim, line.get(), dim);
+      }
+    });
+  }
+
+ private:
+  std::unique_ptr<Work[]> by_rows_, by_columns_;
+
+  template <class In>
+  double fill(const In* z, int64_t p, double eps) {
+    Work* const by_rows = by_rows_.get() + p * row_size();
+    Work* const by_columns = by_columns_.get() + p * panel * dim;
+    const int64_t live = height(p), width = strips(dim) * kStrip;
+    const std::unique_ptr<Work[]> lines(new Work[kStrip * width]());  // (kStrip, width)
+    double longest = 0;
+    for (int64_t first = 0; first < panel; first += kStrip) {
+      for (int64_t r = 0; r < kStrip; ++r) {
+        const int64_t i = begin(p) + first + r;
+        Work* line = lines.get() + r * width;
+        if (first + r >= live) {
+          std::fill(line, line + width, Work(0));
+        } else {
+          run_on_isa<ConvertBlock<Work, In>>(line, z + i * dim, dim);
+          const double length = normalise(line, i, eps, width);
+          if (std::isnan(length) || std::isnan(longest) || length > longest) longest = length;
+        }
+        for (int64_t strip = 0; strip < strips(dim); ++strip) {
+          std::copy(line + strip * kStrip, line + (strip + 1) * kStrip,
+                    by_rows + (strip * panel + first + r) * kStrip);
+        }
+      }
+      Work* columns = by_columns + first * dim;  // (dim, kStrip)
+      for (int64_t k = 0; k < dim; ++k) {
+        for (int64_t r = 0; r < kStrip; ++r) columns[k * kStrip + r] = lines[r * width + k];
+      }
+    }
+    return longest;
+  }
+
+  // Returns the length of the row that comes out.
+  double normalise(Work* line, int64_t i, double eps, int64_t width) {
+    const double norm = norm_of<Work>(line, width);
+    inverse[i] = 1;
+    projected[i] = 0;
+    if (eps == 0) return norm;
+    const double divisor = norm < eps ? eps : norm;
+    projected[i] = norm >= eps;
+    inverse[i] = static_cast<Work>(1 / divisor);
+    run_on_isa<Divide<Work>>(line, static_cast<Work>(divisor), width);
+    return norm / divisor;
+  }
+};
+
+// tile (panel of a, panel of b) = a_i . b_j, by rows of b.panel numbers.
+template <class Work>
+void products(const Panels<Work>& a, int64_t i, const Panels<Work>& b, int64_t j, Work* tile) {
+  for (int64_t first = 0; first < a.height(i); first += kStrip) {
+    matmul<Work>(a.by_columns(i) + first * a.dim, 1, kStrip, b.by_columns(j), b.dim * kStrip,
+                 tile + first * b.panel, b.panel, kStrip, std::min(kStrip, a.height(i) - first),
+                 strips(b.height(j)), a.dim);
+  }
+}
+
+// grad (rows of a, in panels) += weights b_j, weights (panel of a, panel of b).
+template <class Work>
+void add_rows(const Work* weights, const Panels<Work>& a, int64_t i, const Panels<Work>& b,
+              int64_t j, Work* grad) {
+  matmul_add<Work>(weights, b.panel, 1, b.by_rows(j), b.panel * kStrip, grad + i * a.row_size(),
+                   kStrip, a.panel * kStrip, a.height(i), strips(a.dim), b.height(j));
+}
+
+// grad (rows of b, in panels) += weights^T a_i, weights (panel of a, panel of b).
+template <class Work>
+void add_columns(const Work* weights, const Panels<Work>& a, int64_t i, const Panels<Work>& b,
+                 int64_t j, Work* grad) {
+  matmul_add<Work>(weights, 1, b.panel, a.by_rows(i), a.panel * kStrip, grad + j * b.row_size(),
+                   kStrip, b.panel * kStrip, b.height(j), strips(b.dim), a.height(i));
+}
+
+}  // namespace dashpot::contrastive
