@@ -7,11 +7,29 @@ forms the tile again, turns it into weights, and multiplies by the rows of the o
 Shapes: B queries, N keys, D coordinates.
 """
 
-from dashpot.contrastive.info_nce import INFO_NCE, info_nce
+from dashpot.contrastive.info_nce import INFO_NCE, info_nce, ring_info_nce
+from dashpot.contrastive.info_nce_queue import INFO_NCE_QUEUE, info_nce_queue
 from dashpot.contrastive.koleo_loss import KOLEO_LOSS, koleo_loss
+from dashpot.contrastive.modules import ClipLoss, InfoNCE, KoLeo, NTXent, RegularizedInfoNCE
+from dashpot.contrastive.momentum import EMA, ParticipantPairSampler, ema_update_
 from dashpot.contrastive.nt_xent import NT_XENT, nt_xent
 from dashpot.contrastive.regularized_info_nce import REGULARIZED_INFO_NCE, regularized_info_nce
 
-__all__ = ["info_nce", "koleo_loss", "nt_xent", "regularized_info_nce"]
+__all__ = [
+    "EMA",
+    "ClipLoss",
+    "InfoNCE",
+    "KoLeo",
+    "NTXent",
+    "ParticipantPairSampler",
+    "RegularizedInfoNCE",
+    "ema_update_",
+    "info_nce",
+    "info_nce_queue",
+    "koleo_loss",
+    "nt_xent",
+    "regularized_info_nce",
+    "ring_info_nce",
+]
 
-OPS = (INFO_NCE, NT_XENT, KOLEO_LOSS, REGULARIZED_INFO_NCE)
+OPS = (INFO_NCE, INFO_NCE_QUEUE, NT_XENT, KOLEO_LOSS, REGULARIZED_INFO_NCE)
