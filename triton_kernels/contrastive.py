@@ -24,11 +24,10 @@ import os
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from dashpot.contrastive._pairs import project as project_back
 from dashpot.contrastive._pairs import unit_rows, wide
 from dashpot.contrastive.koleo_loss import repulsion, repulsion_backward
+from torch import Tensor
 
 _ROWS, _KEYS, _DEPTH = 64, 64, 64  # a tile, and the part of D of one product
 _WIDTH = 128  # columns of a gradient that a program holds
@@ -580,6 +579,40 @@ def nt_xent_backward(
         for part in (grad.chunk(2) if grad is not None else (None, None))
     ]
     return tuple(g if need else None for g, need in zip(both, needs_grad[:4], strict=True))
+
+
+def _own_logits(query, key, temperature, normalize):
+    u, v = (unit_rows(query), unit_rows(key)) if normalize else (wide(query), wide(key))
+    return u, v, (u * v).sum(1) / temperature
+
+
+def info_nce_queue_forward(query, key, queue, temperature, normalize):
+    """(loss (B,), lse (B,)): a sweep over the queue, to which each row adds its own key."""
+    rows, negatives = _Rows(query, normalize), _Rows(queue, normalize)
+    nobody = torch.full((query.shape[0],), -1, device=query.device)
+    lse, _, _ = _Pairs(rows, negatives, 1 / temperature).sweep(nobody)
+    _, _, own = _own_logits(query, key, temperature, normalize)
+    lse = torch.logaddexp(lse, own)
+    return lse - own, lse
+
+
+def info_nce_queue_backward(grad_loss, query, key, queue, lse, temperature, normalize, needs_grad):
+    rows, negatives = _Rows(query, normalize), _Rows(queue, normalize)
+    nobody = torch.full((query.shape[0],), -1, device=query.device)
+    u, v, own = _own_logits(query, key, temperature, normalize)
+    weight = (grad_loss * (torch.exp(own - lse) - 1) / temperature)[:, None]  # (B, 1)
+
+    def back(grad, z):
+        return project_back(grad, wide(z)) if normalize else grad
+
+    grad_query = grad_key = None
+    if needs_grad[0]:
+        pairs = _Pairs(rows, negatives, 1 / temperature)
+        grad_query, _ = pairs.gradient((grad_loss, lse, nobody), None, torch.float32)
+        grad_query = (grad_query + back(weight * v, query)).to(query.dtype)
+    if needs_grad[1]:
+        grad_key = back(weight * u, key).to(key.dtype)
+    return grad_query, grad_key
 
 
 def koleo_loss_supports(z, keys, offset, topk, eps, normalize) -> str | None:

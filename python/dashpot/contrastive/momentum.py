@@ -179,7 +179,7 @@ class ParticipantPairSampler:
 
     Every epoch permutes the participants that own at least two segments and draws two distinct
     segments of each, uniformly. No batch holds a participant twice. Yields (B, 2) int64 positions
-    into `subject_ids`; a batch costs a few operations on B numbers, however many segments there are.
+    into `subject_ids`; a batch costs a few operations on B numbers, whatever N is.
 
     subject_ids: (N,) integers, the participant of each segment. batch_size: B >= 1. drop_last:
     leave out the last batch if it is smaller. generator: on the CPU, for reproducible draws.
