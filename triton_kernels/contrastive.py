@@ -8,8 +8,8 @@
              of exponentials (relative to 1 / temperature where |cos| <= 1 allows it, else to a
              running maximum) and the nearest key. The parts are merged by the kernel `merge`, so
              that small batches occupy more than a few multiprocessors.
-    weigh    the backward: the tile again, W_ij = g_i (keep e^{s - lse_i} - [j = pos i]) + the same by
-             columns, and a second product W y_j. One tile serves both terms; no atomics.
+    weigh    the backward: the tile again, W_ij = g_i (keep e^{s - lse_i} - [j = pos i]) and the same
+             by columns, and a second product W y_j. One tile serves both terms; no atomics.
     project  adds the parts, and goes back through the normalisation; c u.g of each row is the
              gradient of the scale.
 
@@ -94,19 +94,26 @@ def _cosines(
 
 
 @triton.jit
+def _local(key, start, BLOCK_N: tl.constexpr):
+    """A key's place in the tile that begins at `start`, as a small number; outside: no place."""
+    return tl.minimum(tl.maximum(key - start, -1), BLOCK_N).to(tl.int32)
+
+
+@triton.jit
 def _kept(
-    i, j, m, n, row_code, key_code, positive,
+    i, j, m, n, row_code, key_code, positive, local,
     VIEWS: tl.constexpr, WITHIN: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
     """keep (BLOCK_M, BLOCK_N): VIEWS: rows and keys are two views each, the second from m / 2 and
-    n / 2 on; WITHIN: pairs within a view count; ACROSS: one subject's across views do not."""
+    n / 2 on; WITHIN: pairs within a view count; ACROSS: one subject's across views do not.
+    positive: its place in the tile."""
     keep = (i < m)[:, None] & (j < n)[None, :]
     if VIEWS:
         across = (i >= m // 2)[:, None] != (j >= n // 2)[None, :]
         other = row_code[:, None] != key_code[None, :]
         allowed = across
         if ACROSS:
-            allowed = across & (other | (positive[:, None] == j[None, :]))
+            allowed = across & (other | (positive[:, None] == local[None, :]))
         if WITHIN:
             allowed = allowed | (other & (across == 0))
         keep = keep & allowed
@@ -145,10 +152,11 @@ def _sweep_kernel(
     total = tl.zeros((BLOCK_M,), tl.float32)
     best = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     nearest = tl.full((BLOCK_M,), -1, tl.int64)
+    local = tl.arange(0, BLOCK_N)
     begin = part * chunk
     end = tl.minimum(begin + chunk, n)
     for start in range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        j = start + local.to(tl.int64)
         cosine = _cosines(
             x_ptr,
             y_ptr,
@@ -170,7 +178,10 @@ def _sweep_kernel(
             key_code = j
             if VIEWS:
                 key_code = tl.load(key_code_ptr + j, mask=j < n, other=0)
-            keep = _kept(i, j, m, n, row_code, key_code, positive, VIEWS, WITHIN, ACROSS)
+            keep = _kept(
+                i, j, m, n, row_code, key_code, _local(positive, start, BLOCK_N), local,
+                VIEWS, WITHIN, ACROSS,
+            )  # fmt: skip
             s = tl.where(keep, cosine * c, -float("inf"))
             if not FIXED:
                 new = tl.maximum(most, tl.max(s, 1))
@@ -178,12 +189,14 @@ def _sweep_kernel(
                 most = new
             total += tl.sum(tl.where(keep, tl.exp(s - most[:, None]), 0.0), 1)
         if NEAREST:
-            near = (j < n)[None, :] & (i[:, None] + offset != j[None, :])
+            itself = _local(i + offset, start, BLOCK_N)
+            near = (j < n)[None, :] & (itself[:, None] != local[None, :])
             if VIEWS:
                 near = near & ((i >= m // 2)[:, None] == (j >= n // 2)[None, :])
             value = tl.where(near, cosine, -float("inf"))
             here = tl.max(value, 1)
-            first = tl.min(tl.where(near & (value == here[:, None]), j[None, :], n), 1)
+            equal = near & (value == here[:, None])
+            first = start + tl.min(tl.where(equal, local[None, :], BLOCK_N), 1).to(tl.int64)
             nearest = tl.where(here > best, first, nearest)
             best = tl.where(here > best, here, best)
     at = part * m + i
@@ -250,7 +263,8 @@ def _weigh_kernel(
     OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """OWN: the rows have losses; OTHER: the keys have."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_row = tl.program_id(0).to(tl.int64) * BLOCK_M
+    i = first_row + tl.arange(0, BLOCK_M)
     part = tl.program_id(1).to(tl.int64)
     column = tl.program_id(2).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     c = factor
@@ -263,10 +277,11 @@ def _weigh_kernel(
     own = tl.load(row_weight_ptr + i, mask=i < m, other=0.0) if OWN else i.to(tl.float32)
     own_lse = tl.load(row_lse_ptr + i, mask=i < m, other=0.0) if OWN else i.to(tl.float32)
     grad = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    local = tl.arange(0, BLOCK_N)
     begin = part * chunk
     end = tl.minimum(begin + chunk, n)
     for start in range(begin, end, BLOCK_N):
-        j = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        j = start + local.to(tl.int64)
         s = c * _cosines(
             x_ptr,
             y_ptr,
@@ -287,18 +302,20 @@ def _weigh_kernel(
         key_code = j
         if VIEWS:
             key_code = tl.load(key_code_ptr + j, mask=j < n, other=0)
-        keep = _kept(i, j, m, n, row_code, key_code, row_positive, VIEWS, WITHIN, ACROSS)
+        chosen = _local(row_positive, start, BLOCK_N)
+        keep = _kept(i, j, m, n, row_code, key_code, chosen, local, VIEWS, WITHIN, ACROSS)
         weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if OWN:
             share = tl.where(keep, tl.exp(s - own_lse[:, None]), 0.0)
-            share -= tl.where(row_positive[:, None] == j[None, :], 1.0, 0.0)
+            share -= tl.where(chosen[:, None] == local[None, :], 1.0, 0.0)
             weight += own[:, None] * share
         if OTHER:
             other = tl.load(key_weight_ptr + j, mask=j < n, other=0.0)
             other_lse = tl.load(key_lse_ptr + j, mask=j < n, other=0.0)
             key_positive = tl.load(key_positive_ptr + j, mask=j < n, other=-1)
             share = tl.where(keep, tl.exp(s - other_lse[None, :]), 0.0)
-            share -= tl.where(key_positive[None, :] == i[:, None], 1.0, 0.0)
+            place = _local(key_positive, first_row, BLOCK_M)
+            share -= tl.where(place[None, :] == tl.arange(0, BLOCK_M)[:, None], 1.0, 0.0)
             weight += other[None, :] * share
         weight = tl.where((i < m)[:, None] & (j < n)[None, :], weight, 0.0)
         y = tl.load(
@@ -408,7 +425,7 @@ class _Pairs:
             "WIDEN": _INTERPRETED, "RAW": self.rows.raw, "PRECISION": _precision(self.rows.x.dtype),
             "SCALE": self.scale is not None, "VIEWS": self.codes is not None,
             "WITHIN": self.within, "ACROSS": self.across, "BLOCK_M": _ROWS, "BLOCK_N": _KEYS,
-            "DEPTH": _DEPTH, "num_warps": 4,
+            "DEPTH": _DEPTH, "num_warps": 8,
         }  # fmt: skip
 
     def _some(self, value):

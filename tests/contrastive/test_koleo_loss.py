@@ -30,7 +30,7 @@ def test_neighbours_are_those_of_a_full_search(backend64, views, b, seed, k):
     k = min(k, b - 1)
     u = torch.nn.functional.normalize(z)
     cosine = (u @ u.T).fill_diagonal_(-torch.inf)
-    want = cosine.sort(1, descending=True, stable=True).indices[:, :k]
+    want = cosine.sort(dim=1, descending=True, stable=True).indices[:, :k]
     distance = torch.nn.functional.pairwise_distance(u[:, None], u[want], eps=1e-8)
     rows = dashpot.koleo_loss(z, topk=k, reduction="none")
     torch.testing.assert_close(rows, -(distance + 1e-8).log().mean(1))
@@ -43,14 +43,14 @@ def test_antipodes(backend64):
 
 
 def test_duplicates(backend, views):
-    """Distance eps sqrt(D): large and finite, with a gradient of about 1 / eps."""
+    """Distance eps sqrt(D): large and finite; the pulls of two duplicates on each other cancel."""
     z = views(80, 4, dtype=torch.float32, device=backend.device)[0].detach().clone()
     z[70] = z[3]
     z.requires_grad_()
     rows = dashpot.koleo_loss(z, reduction="none")
     assert rows[3].item() == rows[70].item() == pytest.approx(-math.log(3e-8), rel=1e-4)
     grad = torch.autograd.grad(rows.sum(), z)[0]
-    assert grad.isfinite().all() and grad[3].abs().max() > 1e5
+    assert grad.isfinite().all() and grad[3].any()
 
 
 def test_the_lowest_index_among_equals(backend):
