@@ -8,8 +8,8 @@
              of exponentials (relative to 1 / temperature where |cos| <= 1 allows it, else to a
              running maximum) and the nearest key. The parts are merged by the kernel `merge`, so
              that small batches occupy more than a few multiprocessors.
-    weigh    the backward: the tile again, W_ij = g_i (keep e^{s - lse_i} - [j = pos i]) and the same
-             by columns, and a second product W y_j. One tile serves both terms; no atomics.
+    weigh    the backward: the tile again, W_ij = g_i (keep e^{s - lse_i} - [j = pos i]) and its
+             like by columns, and a second product W y_j. One tile serves both terms; no atomics.
     project  adds the parts, and goes back through the normalisation; c u.g of each row is the
              gradient of the scale.
 
