@@ -13,13 +13,11 @@
     project  adds the parts, and goes back through the normalisation; c u.g of each row is the
              gradient of the scale.
 
-Statistics are float32. Products follow torch's float32 matmul precision: three TF32 products under
-"highest", one otherwise.
+Statistics are float32; products of float32 rows take three TF32 products if torch's float32 matmul
+precision is "highest", one otherwise.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 import triton
@@ -27,14 +25,23 @@ import triton.language as tl
 from dashpot.contrastive._pairs import project as project_back
 from dashpot.contrastive._pairs import unit_rows, wide
 from dashpot.contrastive.koleo_loss import repulsion, repulsion_backward
+from dashpot.triton_kernels._pairs import (
+    DEPTH,
+    FIXED,
+    INTERPRETED,
+    KEYS,
+    ROWS,
+    WIDTH,
+    block_of,
+    cosines,
+    kept,
+    local_of,
+    parts_of,
+    precision_of,
+)  # fmt: skip
 from torch import Tensor
 
-_ROWS, _KEYS, _DEPTH = 64, 64, 64  # a tile, and the part of D of one product
-_WIDTH = 128  # columns of a gradient that a program holds
-_PROGRAMS = 128  # at least, if there are keys enough to share
-_FIXED = 0.025  # lowest temperature at which e^{-2 / t} is a normal float32
 _EPS = 1e-12
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # it has no bfloat16 products
 
 
 @triton.jit
@@ -62,62 +69,6 @@ def _rows_kernel(z_ptr, u_ptr, inverse_ptr, d, eps, WRITE: tl.constexpr, BLOCK: 
             at = k + tl.arange(0, BLOCK)
             x = tl.load(z_ptr + row * d + at, mask=at < d, other=0.0).to(tl.float32)
             tl.store(u_ptr + row * d + at, x / norm, mask=at < d)
-
-
-@triton.jit
-def _cosines(
-    x_ptr, y_ptr, i, j, m, n, d, x_inverse_ptr, y_inverse_ptr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr,
-    RAW: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    """x_i.y_j, (BLOCK_M, BLOCK_N) float32, of rows i (BLOCK_M,) and j (BLOCK_N,)."""
-    s = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k in range(0, d, DEPTH):
-        at = k + tl.arange(0, DEPTH)
-        x = tl.load(
-            x_ptr + i[:, None] * d + at[None, :],
-            mask=(i < m)[:, None] & (at < d)[None, :],
-            other=0.0,
-        )
-        y = tl.load(
-            y_ptr + j[None, :] * d + at[:, None],
-            mask=(j < n)[None, :] & (at < d)[:, None],
-            other=0.0,
-        )
-        if WIDEN:
-            x, y = x.to(tl.float32), y.to(tl.float32)
-        s = tl.dot(x, y, s, input_precision=PRECISION)
-    if RAW:
-        s *= tl.load(x_inverse_ptr + i, mask=i < m, other=0.0)[:, None]
-        s *= tl.load(y_inverse_ptr + j, mask=j < n, other=0.0)[None, :]
-    return s
-
-
-@triton.jit
-def _local(key, start, BLOCK_N: tl.constexpr):
-    """A key's place in the tile that begins at `start`, as a small number; outside: no place."""
-    return tl.minimum(tl.maximum(key - start, -1), BLOCK_N).to(tl.int32)
-
-
-@triton.jit
-def _kept(
-    i, j, m, n, row_code, key_code, positive, local,
-    VIEWS: tl.constexpr, WITHIN: tl.constexpr, ACROSS: tl.constexpr,
-):  # fmt: skip
-    """keep (BLOCK_M, BLOCK_N): VIEWS: rows and keys are two views each, the second from m / 2 and
-    n / 2 on; WITHIN: pairs within a view count; ACROSS: one subject's across views do not.
-    positive: its place in the tile."""
-    keep = (i < m)[:, None] & (j < n)[None, :]
-    if VIEWS:
-        across = (i >= m // 2)[:, None] != (j >= n // 2)[None, :]
-        other = row_code[:, None] != key_code[None, :]
-        allowed = across
-        if ACROSS:
-            allowed = across & (other | (positive[:, None] == local[None, :]))
-        if WITHIN:
-            allowed = allowed | (other & (across == 0))
-        keep = keep & allowed
-    return keep
 
 
 @triton.jit
@@ -157,7 +108,7 @@ def _sweep_kernel(
     end = tl.minimum(begin + chunk, n)
     for start in range(begin, end, BLOCK_N):
         j = start + local.to(tl.int64)
-        cosine = _cosines(
+        cosine = cosines(
             x_ptr,
             y_ptr,
             i,
@@ -178,8 +129,8 @@ def _sweep_kernel(
             key_code = j
             if VIEWS:
                 key_code = tl.load(key_code_ptr + j, mask=j < n, other=0)
-            keep = _kept(
-                i, j, m, n, row_code, key_code, _local(positive, start, BLOCK_N), local,
+            keep = kept(
+                i, j, m, n, row_code, key_code, local_of(positive, start, BLOCK_N), local,
                 VIEWS, WITHIN, ACROSS,
             )  # fmt: skip
             s = tl.where(keep, cosine * c, -float("inf"))
@@ -189,7 +140,7 @@ def _sweep_kernel(
                 most = new
             total += tl.sum(tl.where(keep, tl.exp(s - most[:, None]), 0.0), 1)
         if NEAREST:
-            itself = _local(i + offset, start, BLOCK_N)
+            itself = local_of(i + offset, start, BLOCK_N)
             near = (j < n)[None, :] & (itself[:, None] != local[None, :])
             if VIEWS:
                 near = near & ((i >= m // 2)[:, None] == (j >= n // 2)[None, :])
@@ -282,7 +233,7 @@ def _weigh_kernel(
     end = tl.minimum(begin + chunk, n)
     for start in range(begin, end, BLOCK_N):
         j = start + local.to(tl.int64)
-        s = c * _cosines(
+        s = c * cosines(
             x_ptr,
             y_ptr,
             i,
@@ -302,8 +253,8 @@ def _weigh_kernel(
         key_code = j
         if VIEWS:
             key_code = tl.load(key_code_ptr + j, mask=j < n, other=0)
-        chosen = _local(row_positive, start, BLOCK_N)
-        keep = _kept(i, j, m, n, row_code, key_code, chosen, local, VIEWS, WITHIN, ACROSS)
+        chosen = local_of(row_positive, start, BLOCK_N)
+        keep = kept(i, j, m, n, row_code, key_code, chosen, local, VIEWS, WITHIN, ACROSS)
         weight = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if OWN:
             share = tl.where(keep, tl.exp(s - own_lse[:, None]), 0.0)
@@ -314,7 +265,7 @@ def _weigh_kernel(
             other_lse = tl.load(key_lse_ptr + j, mask=j < n, other=0.0)
             key_positive = tl.load(key_positive_ptr + j, mask=j < n, other=-1)
             share = tl.where(keep, tl.exp(s - other_lse[None, :]), 0.0)
-            place = _local(key_positive, first_row, BLOCK_M)
+            place = local_of(key_positive, first_row, BLOCK_M)
             share -= tl.where(place[None, :] == tl.arange(0, BLOCK_M)[:, None], 1.0, 0.0)
             weight += other[None, :] * share
         weight = tl.where((i < m)[:, None] & (j < n)[None, :], weight, 0.0)
@@ -374,10 +325,6 @@ def _project_kernel(
         tl.store(out_ptr + row * d + at, result.to(out_ptr.dtype.element_ty), mask=at < d)
 
 
-# --------------------------------------------------------------------------------------------
-# Launchers' parts
-
-
 class _Rows:
     """Rows (n, d) as the kernels take them."""
 
@@ -390,24 +337,7 @@ class _Rows:
         if normalize and self.n:
             self.inverse = torch.empty(self.n, dtype=torch.float32, device=z.device)
             _rows_kernel[(self.n,)](z, self.x, self.inverse, self.d, eps, WRITE=not self.raw,
-                                    BLOCK=_block(self.d), num_warps=1)  # fmt: skip
-
-
-def _block(d: int) -> int:
-    return min(1024, max(32, triton.next_power_of_2(d)))
-
-
-def _precision(dtype: torch.dtype) -> str:
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "tf32x3" if exact else "tf32"
-
-
-def _parts(m: int, n: int) -> tuple[int, int]:
-    """(parts, keys of a part): so many that the programs are enough; by the sizes alone."""
-    blocks = triton.cdiv(n, _KEYS)
-    parts = min(blocks, max(1, _PROGRAMS // triton.cdiv(m, _ROWS)))
-    chunk = triton.cdiv(blocks, parts) * _KEYS
-    return triton.cdiv(n, chunk), chunk
+                                    BLOCK=block_of(self.d), num_warps=1)  # fmt: skip
 
 
 class _Pairs:
@@ -418,14 +348,15 @@ class _Pairs:
         self.scale = None if scale is None else scale.detach().float().reshape(1)
         self.codes, self.within, self.across = codes, within, across
         normal = rows.normalize and keys.normalize
-        self.fixed = scale is None and normal and 1 / factor >= _FIXED
+        self.fixed = scale is None and normal and 1 / factor >= FIXED
 
     def options(self) -> dict:
         return {
-            "WIDEN": _INTERPRETED, "RAW": self.rows.raw, "PRECISION": _precision(self.rows.x.dtype),
-            "SCALE": self.scale is not None, "VIEWS": self.codes is not None,
-            "WITHIN": self.within, "ACROSS": self.across, "BLOCK_M": _ROWS, "BLOCK_N": _KEYS,
-            "DEPTH": _DEPTH, "num_warps": 8,
+            "WIDEN": INTERPRETED, "RAW": self.rows.raw,
+            "PRECISION": precision_of(self.rows.x.dtype), "SCALE": self.scale is not None,
+            "VIEWS": self.codes is not None, "WITHIN": self.within, "ACROSS": self.across,
+            "BLOCK_M": ROWS, "BLOCK_N": KEYS // 2 if self.rows.x.dtype == torch.float32 else KEYS,
+            "DEPTH": DEPTH, "num_warps": 8,
         }  # fmt: skip
 
     def _some(self, value):
@@ -440,25 +371,26 @@ class _Pairs:
         logit, near = torch.zeros_like(lse), torch.full((m,), -1, device=device)
         if m == 0 or n == 0:
             return lse, logit, near
-        parts, chunk = _parts(m, n)
+        parts, chunk = parts_of(m, n)
         most, total, best = (
             torch.empty((parts, m), dtype=torch.float32, device=device) for _ in range(3)
         )
         found = torch.empty((parts, m), dtype=torch.int64, device=device)
         codes = self.codes or (None, None)
-        _sweep_kernel[(triton.cdiv(m, _ROWS), parts)](
+        _sweep_kernel[(triton.cdiv(m, ROWS), parts)](
             rows.x, keys.x, rows.inverse, keys.inverse, self._some(codes[0]), self._some(codes[1]),
             self._some(positive), self._some(self.scale), most, total, best, found,
             m, n, d, chunk, offset, self.factor,
             FIXED=self.fixed, LOGITS=logits, NEAREST=nearest, **self.options(),
         )  # fmt: skip
         if nearest:
-            near = found.gather(0, best.max(0, keepdim=True).indices)[0]  # the first of equals
+            # The first of equals; a row that is not a number has none, and shows it by itself.
+            near = found.gather(0, best.max(0, keepdim=True).indices)[0].clamp(0, n - 1)
         if logits:
-            _merge_kernel[(triton.cdiv(m, _ROWS),)](
+            _merge_kernel[(triton.cdiv(m, ROWS),)](
                 rows.x, keys.x, rows.inverse, keys.inverse, positive, self._some(self.scale), most,
                 total, lse, logit, m, n, d, parts, self.factor,
-                BLOCK_M=_ROWS, DEPTH=_DEPTH, RAW=rows.raw, SCALE=self.scale is not None,
+                BLOCK_M=ROWS, DEPTH=DEPTH, RAW=rows.raw, SCALE=self.scale is not None,
                 num_warps=4,
             )  # fmt: skip
         return lse, logit, near
@@ -471,38 +403,30 @@ class _Pairs:
         along = torch.zeros(m, dtype=torch.float32, device=device)
         if m == 0 or n == 0 or d == 0:
             return out, along
-        parts, chunk = _parts(m, n)
+        parts, chunk = parts_of(m, n)
         grad = torch.empty((parts, m, d), dtype=torch.float32, device=device)
         codes = self.codes or (None, None)
         mine, theirs = own or (None, None, None), other or (None, None, None)
         nobody = torch.full((max(m, n),), -1, device=device)
-        _weigh_kernel[(triton.cdiv(m, _ROWS), parts, triton.cdiv(d, _WIDTH))](
+        _weigh_kernel[(triton.cdiv(m, ROWS), parts, triton.cdiv(d, WIDTH))](
             rows.x, keys.x, rows.inverse, keys.inverse, self._some(codes[0]), self._some(codes[1]),
             nobody if mine[2] is None else mine[2], nobody if theirs[2] is None else theirs[2],
             self._some(mine[0]), self._some(mine[1]), self._some(theirs[0]), self._some(theirs[1]),
             self._some(self.scale), grad, m, n, d, chunk, self.factor,
-            WIDTH=_WIDTH, OWN=own is not None, OTHER=other is not None, **self.options(),
+            WIDTH=WIDTH, OWN=own is not None, OTHER=other is not None, **self.options(),
         )  # fmt: skip
         _project_kernel[(m,)](
             rows.x, rows.inverse, rows.inverse, self._some(self.scale), grad, out, along, m, d,
-            parts, self.factor, 1 / rows.eps, BLOCK=_block(d), RAW=rows.raw,
+            parts, self.factor, 1 / rows.eps, BLOCK=block_of(d), RAW=rows.raw,
             SCALE=self.scale is not None, NORMALIZE=rows.normalize, num_warps=1,
         )  # fmt: skip
         return out, along
 
 
-# --------------------------------------------------------------------------------------------
-# Launchers
-
-
-def _positions(positives: Tensor | None, query: Tensor) -> Tensor:
-    return torch.arange(query.shape[0], device=query.device) if positives is None else positives
-
-
 def info_nce_forward(query, key, positives, logit_scale, temperature, symmetric, normalize):
     """(loss (B,), lse (B,), lse of the keys (N,) if symmetric)."""
     rows, keys = _Rows(query, normalize), _Rows(key, normalize)
-    positive = _positions(positives, query)
+    positive = positives if positives is not None else torch.arange(len(query), device=query.device)
     lse, logit, _ = _Pairs(rows, keys, 1 / temperature, logit_scale).sweep(positive)
     if not symmetric:
         return lse - logit, lse, lse[:0].clone()
@@ -515,7 +439,7 @@ def info_nce_backward(
     needs_grad,
 ):  # fmt: skip
     rows, keys = _Rows(query, normalize), _Rows(key, normalize)
-    positive = _positions(positives, query)
+    positive = positives if positives is not None else torch.arange(len(query), device=query.device)
     weight = 0.5 * grad_loss if symmetric else grad_loss
     by_rows = (weight, lse, positive)
     by_keys = (weight, lse_key, positive) if symmetric else None
@@ -660,7 +584,7 @@ def regularized_info_nce_forward(
     spread, grads = [], []
     for at, z in enumerate((z1, z2)):
         u = unit_rows(z)
-        near = (nearest[at * b : at * b + b] - at * b)[:, None]
+        near = (nearest[at * b : at * b + b] - at * b).clamp(0, max(0, b - 1))[:, None]
         spread.append(repulsion(u, u, near, 1e-8))
         if not with_gradient[at]:
             grads += [lse.new_empty((0, z.shape[1])), lse.new_empty((0, z.shape[1]))]

@@ -1,5 +1,6 @@
-"""regularized_info_nce with subjects, D = 128: forward and backward of both views, against the operations of the published code in plain PyTorch: three
-matrices of exponentials, masks and sums, and two searches for neighbours.
+"""regularized_info_nce with subjects, D = 128: forward and backward of both views, against the
+operations of the published code in plain PyTorch: three matrices of exponentials, masks and sums,
+and two searches for neighbours.
 """
 
 import torch

@@ -60,7 +60,7 @@ def _info_nce_queue_backward(
 
 def _info_nce_queue_inputs(size, dtype, device, seed):
     query, key = random_views(size, dtype, device, seed)
-    queue = random_rows(size[0] + 3, size[1], dtype, device, seed + 2)
+    queue = random_rows(3 * size[0], size[1], dtype, device, seed + 2)
     return query, key, queue, 0.2, True
 
 

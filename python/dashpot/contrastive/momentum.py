@@ -32,7 +32,8 @@ def ema_update_(
         targets: tensors (...), the averages; float32 or float64, or integers, which are copied. A
             tensor that comes twice (tied parameters) is updated once.
         onlines: tensors (...), the new values, of the same shapes; any floating dtype.
-        momentum: m in [0, 1] (0.99: the preset), or a tensor () that is not read by the host.
+        momentum: m in [0, 1] (0.99: the preset), or a tensor () or (1,) that the host
+            does not read.
         step: with `warmup`, how many updates there have been: m is then at most
             (1 + step) / (warmup + step).
         warmup: see `step`; > 0.
