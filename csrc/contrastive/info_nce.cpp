@@ -11,8 +11,6 @@
 namespace dashpot::contrastive {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 double factor_of(const Maybe& logit_scale, double temperature) {
   if (!logit_scale) return 1 / temperature;
   double factor = 0;
@@ -63,10 +61,6 @@ void on_rows(const Tensor& query, const Tensor& key, const Function& function) {
   });
 }
 
-Dtype work_dtype(const Tensor& rows) {
-  return rows.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-}
-
 std::tuple<Tensor, Tensor, Tensor> info_nce_forward(const Tensor& query, const Tensor& key,
                                                     const Maybe& positives,
                                                     const Maybe& logit_scale, double temperature,
@@ -108,10 +102,8 @@ std::tuple<Maybe, Maybe, Maybe> info_nce_backward(const Tensor& grad_loss, const
                                                   const std::vector<bool>& needs_grad) {
   const int threads = num_threads();
   const bool for_scale = logit_scale && needs_grad[3];
-  Maybe grad_query, grad_key, grad_scale;
-  const int64_t width = query.size(1);
-  if (needs_grad[0]) grad_query = query.new_empty({query.size(0), width}, query.dtype);
-  if (needs_grad[1]) grad_key = key.new_empty({key.size(0), width}, key.dtype);
+  const Maybe grad_query = like(query, needs_grad[0]), grad_key = like(key, needs_grad[1]);
+  Maybe grad_scale;
   if (for_scale) {
     grad_scale = logit_scale->dim() ? logit_scale->new_empty({1}, logit_scale->dtype)
                                     : logit_scale->new_empty({}, logit_scale->dtype);
@@ -146,8 +138,8 @@ std::tuple<Maybe, Maybe, Maybe> info_nce_backward(const Tensor& grad_loss, const
       if (for_scale) total += dot<Work>(call.query.row(i), call.query.row_of(rows.of(0), i));
     }
     const Work factor = static_cast<Work>(c);
-    if (grad_query) call.query.project(rows.of(0), factor, grad_query->as<In>(), threads);
-    if (grad_key) call.key.project(keys.of(0), factor, grad_key->as<In>(), threads);
+    if (grad_query) call.query.project(rows.of(0), factor, grad_query->template as<In>(), threads);
+    if (grad_key) call.key.project(keys.of(0), factor, grad_key->template as<In>(), threads);
     if (for_scale) {
       dispatch_floating(logit_scale->dtype, [&](auto element) {
         using Scale = decltype(element);

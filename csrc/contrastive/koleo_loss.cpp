@@ -11,8 +11,6 @@
 namespace dashpot::contrastive {
 namespace {
 
-using Maybe = std::optional<Tensor>;
-
 template <class Function>
 void on_rows(const Tensor& z, const Maybe& keys, double eps, bool normalize,
              const Function& function) {
@@ -57,8 +55,7 @@ void find_nearest(const Panels<Work>& rows, const Panels<Work>& keys, int64_t of
 
 std::tuple<Tensor, Tensor> koleo_loss_forward(const Tensor& z, const Maybe& keys, int64_t offset,
                                               int64_t topk, double eps, bool normalize) {
-  const Dtype work = z.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  const Tensor loss = z.new_empty({z.size(0)}, work);                    // (B,)
+  const Tensor loss = z.new_empty({z.size(0)}, work_dtype(z));           // (B,)
   const Tensor nearest = z.new_empty({z.size(0), topk}, Dtype::kInt64);  // (B, K)
   on_rows(z, keys, eps, normalize,
           [&](const auto& rows, const auto& others, auto element, int threads) {
@@ -74,10 +71,8 @@ std::tuple<Maybe, Maybe> koleo_loss_backward(const Tensor& grad_loss, const Tens
                                              const Maybe& keys, const Tensor& nearest, int64_t topk,
                                              double eps, bool normalize,
                                              const std::vector<bool>& needs_grad) {
-  const int64_t d = z.size(1);
-  Maybe grad_z, grad_keys;
-  if (needs_grad[0]) grad_z = z.new_empty({z.size(0), d}, z.dtype);
-  if (keys && needs_grad[1]) grad_keys = keys->new_empty({keys->size(0), d}, keys->dtype);
+  const Maybe grad_z = like(z, needs_grad[0]);
+  const Maybe grad_keys = keys ? like(*keys, needs_grad[1]) : Maybe();
   on_rows(z, keys, eps, normalize,
           [&](const auto& rows, const auto& others, auto element, int threads) {
             using In = decltype(element);

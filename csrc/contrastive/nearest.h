@@ -95,12 +95,17 @@ void offer_tile(const Tile<Work>& tile, int64_t first_row, int64_t first_key, in
   for (int64_t i = 0; i < tile.rows; ++i) {
     if (!(row_most[i] >= row_best.least(first_row + i))) continue;
     const Work* s = tile.s + i * tile.stride;
-    for (int64_t j = 0; j < tile.columns; ++j) row_best.offer(first_row + i, s[j], first_key + j);
+    for (int64_t j = 0; j < tile.columns; ++j) {
+      if (s[j] >= row_best.least(first_row + i)) row_best.offer(first_row + i, s[j], first_key + j);
+    }
   }
   for (int64_t j = 0; column_best && j < tile.columns; ++j) {
     if (!(column_most[j] >= column_best->least(first_key + j))) continue;
     for (int64_t i = 0; i < tile.rows; ++i) {
-      column_best->offer(first_key + j, tile.s[i * tile.stride + j], first_row + i);
+      const Work value = tile.s[i * tile.stride + j];
+      if (value >= column_best->least(first_key + j)) {
+        column_best->offer(first_key + j, value, first_row + i);
+      }
     }
   }
 }

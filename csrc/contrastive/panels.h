@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -21,6 +22,18 @@
 #include "common/tensor.h"
 
 namespace dashpot::contrastive {
+
+using Maybe = std::optional<Tensor>;
+
+inline Dtype work_dtype(const Tensor& rows) {
+  return rows.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+}
+
+// Room for the gradient of z (n, d), if it is wanted.
+inline Maybe like(const Tensor& z, bool wanted) {
+  if (!wanted) return {};
+  return z.new_empty({z.size(0), z.size(1)}, z.dtype);
+}
 
 // What sums are formed in: float64 for float64, else float32.
 template <class In>

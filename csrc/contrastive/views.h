@@ -11,14 +11,11 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
 #include <vector>
 
 #include "contrastive/sweep.h"
 
 namespace dashpot::contrastive {
-
-using Maybe = std::optional<Tensor>;
 
 // The tensors of a call. Subjects of the rows (B,) and keys (N,), or none: every row its own.
 struct ViewsArguments {
@@ -172,15 +169,6 @@ void on_views(const ViewsArguments& call, const Function& function) {
     Views<decltype(element)> views(call, b, n, d, threads);
     function(views, element);
   });
-}
-
-inline Dtype work_dtype(const Tensor& rows) {
-  return rows.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-}
-
-inline Maybe like(const Tensor& z, bool wanted) {
-  if (!wanted) return {};
-  return z.new_empty({z.size(0), z.size(1)}, z.dtype);
 }
 
 }  // namespace dashpot::contrastive

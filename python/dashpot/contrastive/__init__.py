@@ -7,62 +7,30 @@ forms the tile again, turns it into weights, and multiplies by the rows of the o
 Shapes: B queries, N keys, D coordinates.
 """
 
-from dashpot.contrastive.core_tuning_loss import (
-    CORE_TUNING_LOSS,
-    CoreTuningLoss,
-    core_tuning_loss,
-)
+from dashpot.contrastive.core_tuning_loss import CORE_TUNING_LOSS, CoreTuningLoss, core_tuning_loss
 from dashpot.contrastive.focal_supcon_loss import FOCAL_SUPCON_LOSS, focal_supcon_loss
 from dashpot.contrastive.hard_pair_indices import HARD_PAIR_INDICES, hard_pair_indices
 from dashpot.contrastive.hard_pair_mixup import HARD_PAIR_MIXUP, hard_pair_mixup
-from dashpot.contrastive.info_nce import INFO_NCE, info_nce
+from dashpot.contrastive.info_nce import INFO_NCE, info_nce, ring_info_nce
+from dashpot.contrastive.info_nce_queue import INFO_NCE_QUEUE, info_nce_queue
 from dashpot.contrastive.koleo_loss import KOLEO_LOSS, koleo_loss
+from dashpot.contrastive.modules import ClipLoss, InfoNCE, KoLeo, NTXent, RegularizedInfoNCE
+from dashpot.contrastive.momentum import EMA, ParticipantPairSampler, ema_update_
 from dashpot.contrastive.nt_xent import NT_XENT, nt_xent
 from dashpot.contrastive.opis import OPIS, OpisCurves, opis
 from dashpot.contrastive.regularized_info_nce import REGULARIZED_INFO_NCE, regularized_info_nce
-from dashpot.contrastive.supcon_loss import (
-    SUPCON_LOSS,
-    MultiViewSupConLoss,
-    SupConLoss,
-    supcon_loss,
-)
-from dashpot.contrastive.tcm_loss import (
-    TCM_LOSS,
-    TcmStats,
-    ThresholdConsistentMarginLoss,
-    tcm_loss,
-)
+from dashpot.contrastive.supcon_loss import MultiViewSupConLoss, SUPCON_LOSS, SupConLoss, supcon_loss
+from dashpot.contrastive.tcm_loss import TCM_LOSS, TcmStats, ThresholdConsistentMarginLoss, tcm_loss
 
 __all__ = [
-    "CoreTuningLoss",
-    "MultiViewSupConLoss",
-    "OpisCurves",
-    "SupConLoss",
-    "TcmStats",
-    "ThresholdConsistentMarginLoss",
-    "core_tuning_loss",
-    "focal_supcon_loss",
-    "hard_pair_indices",
-    "hard_pair_mixup",
-    "info_nce",
-    "koleo_loss",
-    "nt_xent",
-    "opis",
-    "regularized_info_nce",
-    "supcon_loss",
-    "tcm_loss",
-]
+    "ClipLoss", "CoreTuningLoss", "EMA", "InfoNCE", "KoLeo", "MultiViewSupConLoss", "NTXent",
+    "OpisCurves", "ParticipantPairSampler", "RegularizedInfoNCE", "SupConLoss", "TcmStats",
+    "ThresholdConsistentMarginLoss", "core_tuning_loss", "ema_update_", "focal_supcon_loss",
+    "hard_pair_indices", "hard_pair_mixup", "info_nce", "info_nce_queue", "koleo_loss", "nt_xent",
+    "opis", "regularized_info_nce", "ring_info_nce", "supcon_loss", "tcm_loss",
+]  # fmt: skip
 
 OPS = (
-    INFO_NCE,
-    NT_XENT,
-    KOLEO_LOSS,
-    REGULARIZED_INFO_NCE,
-    HARD_PAIR_INDICES,
-    HARD_PAIR_MIXUP,
-    FOCAL_SUPCON_LOSS,
-    SUPCON_LOSS,
-    CORE_TUNING_LOSS,
-    TCM_LOSS,
-    OPIS,
-)
+    INFO_NCE, NT_XENT, KOLEO_LOSS, REGULARIZED_INFO_NCE, HARD_PAIR_INDICES, HARD_PAIR_MIXUP,
+    FOCAL_SUPCON_LOSS, SUPCON_LOSS, CORE_TUNING_LOSS, TCM_LOSS, OPIS, INFO_NCE_QUEUE,
+)  # fmt: skip

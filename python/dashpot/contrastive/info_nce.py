@@ -171,11 +171,11 @@ def info_nce(
             so that gradients averaged as by DDP are those of the mean over all rows.
 
     Returns:
-        () or, for "none", (B,); float32, or float64 for float64 inputs. On CUDA `positives` is
-        checked on the device: its range is the one thing that is not raised on the host.
+        () or, for "none", (B,); float32, or float64 for float64 inputs.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what came. On CUDA a
+            position out of range is an assertion on the device: the host does not wait for it.
 
     Source: van den Oord et al., arXiv 1807.03748; defaults of arXiv 2312.05409's published code.
     """
@@ -190,8 +190,83 @@ def info_nce(
         if symmetric:
             raise ValueError("positives: expected None with symmetric=True, got a tensor")
         positives = check_integers(positives, "positives", query.shape[0], query.device)
-    loss = INFO_NCE(
-        query.contiguous(), key.contiguous(), positives, logit_scale, temperature, symmetric,
-        normalize,
-    )  # fmt: skip
+    b, keys = query.shape[0], key.shape[0]
+    query, key = query.contiguous(), key.contiguous()
+    if symmetric and keys != b:
+        raise ValueError(f"key: expected ({b}, D) with symmetric=True, got {tuple(key.shape)}")
+    if group is None:
+        _check_positives(positives, b, keys)
+        loss = INFO_NCE(query, key, positives, logit_scale, temperature, symmetric, normalize)
+    else:
+        from dashpot.contrastive._distributed import gathered_info_nce
+
+        if positives is None and keys != b:
+            raise ValueError(f"positives: expected ({b},) for {keys} keys per rank, got None")
+        loss = gathered_info_nce(
+            query, key, positives, logit_scale, temperature, symmetric, normalize, group
+        )
+    return reduced(loss, reduction)
+
+
+def _check_positives(positives: Tensor | None, b: int, keys: int) -> None:
+    if positives is None:
+        if keys < b:
+            raise ValueError(f"key: expected at least {b} rows without positives, got {keys}")
+        return
+    if positives.device.type == "cuda":  # no answer from there without waiting
+        torch._assert_async(((positives >= 0) & (positives < keys)).all())
+    elif not torch.compiler.is_compiling() and positives.numel():
+        least, most = positives.min().item(), positives.max().item()
+        if least < 0 or most >= keys:
+            raise ValueError(
+                f"positives: expected keys from 0 to {keys - 1}, got {least if least < 0 else most}"
+            )
+
+
+@public
+def ring_info_nce(
+    query: Tensor,
+    key: Tensor,
+    *,
+    group,
+    temperature: float = 0.04,
+    symmetric: bool = False,
+    normalize: bool = True,
+    logit_scale: Tensor | None = None,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:
+    r"""`info_nce` with `group` whose keys travel round a ring of ranks instead of being gathered.
+
+    A rank holds one block of keys at a time, so its memory does not grow with the number of ranks;
+    the rows' log-sums merge by :math:`\log(e^a + e^b)`.
+
+    Args:
+        query: (B, D) the rank's rows; B is the same on every rank.
+        key: (B, D) the rank's keys; the positive of row i is the rank's own key i.
+        group: a `torch.distributed` process group; None is the default one.
+        temperature: as in `info_nce`.
+        symmetric: as in `info_nce`; the keys' side goes round a second time.
+        normalize: as in `info_nce`.
+        logit_scale: () or (1,), as in `info_nce`.
+        reduction: "mean", "sum" or "none", over the local rows.
+
+    Returns:
+        () or (B,), as `info_nce` with `group`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    from dashpot.contrastive._distributed import ring_rows
+
+    check_rows(query, "query")
+    check_rows(key, "key", query, same_count=True)
+    check_bool("symmetric", symmetric)
+    check_bool("normalize", normalize)
+    check_choice("reduction", reduction, REDUCTIONS)
+    check_scale(logit_scale, query.device)
+    temperature = check_number(temperature, "temperature")
+    u, v = (unit_rows(query), unit_rows(key)) if normalize else (wide(query), wide(key))
+    loss = ring_rows(u, v, logit_scale, temperature, group)
+    if symmetric:
+        loss = 0.5 * (loss + ring_rows(v, u, logit_scale, temperature, group))
     return reduced(loss, reduction)

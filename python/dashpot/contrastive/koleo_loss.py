@@ -55,7 +55,9 @@ def repulsion_backward(
     gap = u[:, None, :] - v[nearest] + eps  # (B, K, D)
     d = torch.linalg.vector_norm(gap, dim=2, keepdim=True)  # (B, K, 1)
     pull = -grad[:, None, None] * gap / (nearest.shape[1] * d * (d + eps))
-    grad_v = torch.zeros_like(v).index_add(0, nearest.reshape(-1), -pull.flatten(0, 1))
+    # index_put adds in the order of the indices, sorted: without atomics on CUDA.
+    at = (nearest.reshape(-1),)
+    grad_v = torch.zeros_like(v).index_put(at, -pull.flatten(0, 1), accumulate=True)
     return pull.sum(1), grad_v
 
 

@@ -39,7 +39,7 @@ def _regularized_info_nce_reference(
     pairs = (z1, z2, None, None, ids, None)
     options = (0, temperature, within_view, mask_cross_view)
     loss, lse = _nt_xent_reference(*pairs, *options)
-    grads = [z1.new_empty((0, z1.shape[1]), dtype=loss.dtype) for _ in range(4)]
+    grads = [wide(z1.detach())[:0] for _ in range(4)]
     weight = torch.full_like(loss, 0.5 / max(1, z1.shape[0])).detach()  # (2B,)
     koleo = []
     wanted = [*with_gradient, False, False]

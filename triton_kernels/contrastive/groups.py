@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from dashpot.triton_kernels._contrastive_tiles import (
+from dashpot.triton_kernels.contrastive.tiles import (
     COLUMNS,
     INNER,
     NARROW,

@@ -1,0 +1,41 @@
+"""nt_xent, forward and backward, against lightly's loss and plain PyTorch with subject masks."""
+
+import torch
+from dashpot._measure import Peer
+from torch.nn import functional
+
+from bench import peers
+
+OP = "nt_xent"
+SIZES = {torch.float32: [(256, 128), (2048, 128)], torch.bfloat16: [(2048, 128)]}
+GRADIENT = (0, 1)
+
+
+def plain(z1, z2, key1, key2, ids, key_ids, offset, temperature, within_view, mask_cross_view):
+    b = len(z1)
+    z = functional.normalize(torch.cat([z1, z2]), dim=1)  # (2B, D)
+    logits = z @ z.T / temperature  # (2B, 2B)
+    ids = torch.arange(b, device=z.device) if ids is None else ids
+    same = (ids[:, None] == ids[None, :]).repeat(2, 2)
+    view = torch.arange(2 * b, device=z.device) >= b
+    drop = same & (view[:, None] == view[None, :])
+    target = torch.arange(2 * b, device=z.device).roll(b)
+    return functional.cross_entropy(logits.masked_fill(drop, -torch.inf), target, reduction="none")
+
+
+def lightly(z1, z2, *_):
+    """Both passes; not checked, since it returns a mean and no rows."""
+    with torch.enable_grad():
+        loss = peers.load("lightly.loss").NTXentLoss(0.2)(z1, z2)
+        return torch.autograd.grad(loss, (z1, z2))
+
+
+PEERS = {
+    "plain PyTorch": Peer(plain),
+    # without subjects: less work
+    "lightly": Peer(lightly, lambda *_: peers.has("lightly"), checked=False),
+}
+
+
+def test_nt_xent(measure):
+    measure()
