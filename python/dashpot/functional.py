@@ -1,6 +1,7 @@
 """Every public op of every family under one roof, as in torch.nn.functional."""
 
-from dashpot import aggregate
+from dashpot import aggregate, experts
 from dashpot.aggregate import *  # noqa: F403
+from dashpot.experts import *  # noqa: F403
 
-__all__ = [*aggregate.__all__]
+__all__ = [*aggregate.__all__, *experts.__all__]
