@@ -45,7 +45,8 @@ test-emulator: $(PACKAGE)
 bench: $(PACKAGE)
 	mkdir -p "$(RESULTS)"
 	$(RUN) -m pytest bench --benchmark-json="$(RESULTS)/bench.json" $(ARGS)
-	$(RUN) -m bench.report "$(RESULTS)/bench.json" --table --plots "$(RESULTS)"
+	$(RUN) -m bench.report "$(RESULTS)/bench.json" --table > "$(RESULTS)/README.md"
+	$(RUN) -m bench.report "$(RESULTS)/bench.json" --plots "$(RESULTS)"
 
 gpu:
 	$(PYTHON) bench/gpu.py $(OUT) $(ARGS)

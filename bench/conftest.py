@@ -25,7 +25,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from dashpot import _measure
-from dashpot._bench import size_label
+from dashpot._bench import option_label, size_label
 from dashpot._dispatch import REGISTRY
 from dashpot._info import default_device, environment
 
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def group(self) -> str:
-        options = [f"{name}={value:g}" for name, value in self.options.items()]
+        options = [f"{name}={option_label(value)}" for name, value in self.options.items()]
         dtype = str(self.dtype).removeprefix("torch.")
         return " ".join((self.op, size_label(self.size), dtype, *options, f"t={self.threads}"))
 

@@ -2,24 +2,30 @@
 
     --table            print one markdown table per op (the default if nothing else is asked for)
     --plots DIR        one plot per family: time over size, a line per contender, the floor dashed
-    --update FILE      replace what stands between <!-- bench:NAME --> and <!-- /bench --> in FILE
+    --update FILE      replace what stands between <!-- bench:NAME --> and <!-- /bench --> in FILE,
+                       and between <!-- ops:FAMILY --> and <!-- /ops -->
 
-NAME is an op, or "dispatch"; key=value pairs after it choose rows, as in
+FAMILY's table tells what the sources hold: an op is served by a backend if there is a function
+`<op>_forward` for it. NAME is an op, or "dispatch"; key=value pairs after it choose rows, as in
 <!-- bench:flag_aggregate dtype=float32 threads=2 -->. Keys: those of a row and its options.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dashpot._bench import duration, plot, size_label
-from dashpot._dispatch import REGISTRY
+import dashpot
+from dashpot._bench import duration, megabytes, option_label, plot, size_label
+from dashpot._dispatch import REGISTRY, Chain
 
+ROOT = Path(__file__).resolve().parents[1]
+OPS = re.compile(r"(<!-- ops:(?P<family>\w+) -->\n).*?(<!-- /ops -->)", re.DOTALL)
 BLOCK = re.compile(r"(<!-- bench:(?P<what>[^>]*?) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 _ASIDE = "reference"  # not dashpot's own speed: a column, like a peer
 
@@ -44,7 +50,7 @@ def read(paths: Sequence[str]) -> list[dict]:
 
 def value_of(row: dict, key: str) -> str:
     if key in row.get("options", {}):
-        return f"{row['options'][key]:g}"
+        return option_label(row["options"][key])
     if key not in row:
         raise ValueError(f"key: expected one of {', '.join((*row, *row['options']))}, got {key!r}")
     return size_label(row["size"]) if key == "size" else str(row[key])
@@ -72,7 +78,10 @@ def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """One op's table: a line per case, dashpot's time, its share of the floor, x against each."""
+    """One op's table: a line per case, dashpot's time, its share of the floor, x against each.
+
+    Where a gradient is formed, the peak memory (outputs and gradients included) stands beside each.
+    """
     if rows[0]["op"] == "dispatch":
         return dispatch_table(rows)
     groups: dict[tuple, dict[str, dict]] = {}
@@ -84,7 +93,9 @@ def table(rows: Sequence[dict]) -> str:
     own = [name for name in names if name not in others] or [_ASIDE]
     others = [name for name in others if name not in own]
     several = len({key[0] for key in groups}) > 1
+    memory = rows[0].get("passes") == "forward + backward"
     headers = ["size", "dtype", *rows[0]["options"], "threads", "backend", "dashpot", "of floor"]
+    headers += ["memory"] * memory
     headers = (["device"] if several else []) + headers + [f"vs {name}" for name in others]
     lines = []
     for key, group in groups.items():
@@ -92,7 +103,8 @@ def table(rows: Sequence[dict]) -> str:
             if name in group:
                 row = group[name]
                 cells = [*key[1:], name, duration(row["median"]), f"{row['share']:.0%}"]
-                cells += [_speedup(row, group.get(other)) for other in others]
+                cells += [megabytes(row["peak_memory"])] * memory
+                cells += [_speedup(row, group.get(other), memory) for other in others]
                 lines.append(([key[0]] if several else []) + cells)
     return markdown(headers, lines)
 
@@ -108,8 +120,11 @@ def _is_peer(rows: Sequence[dict], name: str) -> bool:
     return any(row["contender"] == name and row["kind"] != "backend" for row in rows)
 
 
-def _speedup(row: dict, other: dict | None) -> str:
-    return f"{other['median'] / row['median']:.3g}x" if other else ""
+def _speedup(row: dict, other: dict | None, memory: bool) -> str:
+    if not other:
+        return ""
+    beside = f" ({megabytes(other['peak_memory'])})" if memory else ""
+    return f"{other['median'] / row['median']:.3g}x{beside}"
 
 
 def dispatch_table(rows: Sequence[dict]) -> str:
@@ -133,8 +148,48 @@ def tables(rows: Sequence[dict]) -> str:
     for name in dict.fromkeys(row["op"] for row in rows):
         chosen = [row for row in rows if row["op"] == name]
         machines = dict.fromkeys(f"{row['device_name']}, torch {row['torch']}" for row in chosen)
-        parts.append(f"### {name}\n\n{'; '.join(machines)}\n\n{table(chosen)}")
+        passes = " and ".join(dict.fromkeys(row.get("passes", "") for row in chosen))
+        heading = f"### {name}" + f", {passes}" * bool(passes)
+        parts.append(f"{heading}\n\n{'; '.join(machines)}\n\n{table(chosen)}")
     return "\n".join(parts)
+
+
+# --------------------------------------------------------------------------------------------
+# The ops and their backends
+
+
+def kernels() -> dict[str, set[str]]:
+    """{"C++" | "CUDA" | "Triton": ops with a kernel there}, as the sources have them."""
+    bound = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cpp"))
+    triton = "".join(path.read_text() for path in (ROOT / "triton_kernels").rglob("*.py"))
+    return {
+        "C++": set(re.findall(r'"(\w+)_forward"', bound)),
+        "CUDA": set(re.findall(r'"(\w+)_forward_cuda"', bound)),
+        "Triton": set(re.findall(r"^def ([a-z]\w+)_forward\(", triton, re.MULTILINE)),
+    }
+
+
+def ops_table(family: str) -> str:
+    """The family's public ops: what they compute, their backends, their gradient."""
+    places, lines = kernels(), []
+    for name, op in REGISTRY.items():
+        function = getattr(dashpot.functional, name, None)
+        if op.family != family or function is None:
+            continue
+        parts = op.ops if isinstance(op, Chain) else (op,)
+        served = [sum(part.name in ops for part in parts) for ops in places.values()]
+        cells = ["yes" if n == len(parts) else "in parts" if n else "-" for n in served]
+        what = inspect.getdoc(function).partition("\n")[0].removesuffix(".").replace("|", "\\|")
+        what = re.sub(r":math:`([^`]*)`", r"$\1$", what)
+        lines.append((f"`{name}`", what, *cells, "yes" if op.differentiable else "-"))
+    if not lines:
+        raise ValueError(f"ops:{family}: expected a family with public ops, got none")
+    return markdown(("op", "what it computes", *places, "gradient"), lines)
+
+
+def update_ops(text: str) -> str:
+    """`text` with every family's table replaced."""
+    return OPS.sub(lambda m: f"{m[1]}{ops_table(m['family'])}{m[3]}", text)
 
 
 def update(text: str, rows: Sequence[dict]) -> str:
@@ -199,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(file, file=sys.stderr)
         if options.update:
             path = Path(options.update)
-            path.write_text(update(path.read_text(), rows))
+            path.write_text(update(update_ops(path.read_text()), rows))
     except ValueError as error:
         parser.error(str(error))
     return 0

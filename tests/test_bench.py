@@ -247,7 +247,8 @@ def row_of(op="flag_aggregate", contender="cpp", kind="backend", median=1e-3, **
         "op": op, "contender": contender, "kind": kind, "size": [15, 1_000_000],
         "dtype": "float32", "options": {"lam": 0.0}, "device": "cpu", "device_name": "a CPU",
         "threads": 1, "median": median, "p20": 0.9 * median, "p80": 1.1 * median,
-        "bytes": 124_000_000, "floor": 8e-4, "share": 8e-4 / median, "torch": "2.13.0",
+        "bytes": 124_000_000, "floor": 8e-4, "share": 8e-4 / median, "peak_memory": 4_000_000,
+        "torch": "2.13.0",
     }  # fmt: skip
     return {**row, **changes}
 
@@ -279,6 +280,19 @@ def test_table(report):
     ]
 
 
+def test_table_of_forward_and_backward_tells_the_memory(report):
+    both = {"passes": "forward + backward", "options": {"kind": "power"}}
+    rows = [
+        row_of(peak_memory=12_345_678, **both),
+        row_of(contender="products", kind="yardstick", median=5e-4, peak_memory=1000, **both),
+    ]
+    assert report.table(rows).splitlines()[::2] == [
+        "| size | dtype | kind | threads | backend | dashpot | of floor | memory | vs products |",
+        "| 15x1e6 | float32 | power | 1 | cpp | 1 ms | 80% | 12.3 MB | 0.5x (0.001 MB) |",
+    ]
+    assert "### flag_aggregate, forward + backward\n" in report.tables(rows)
+
+
 def test_table_names_the_device_where_there_are_several(report):
     table = report.table([row_of(), row_of(device_name="a GPU", device="cuda", median=1e-4)])
     assert "| a CPU | 15x1e6" in table and "| a GPU | 15x1e6" in table
@@ -306,6 +320,17 @@ def test_update(report):
     assert "500 us" in new.split("between")[0] and "250x" not in new
     assert [new.startswith("before\n"), new.endswith("<!-- /bench -->\nafter\n")] == [True] * 2
     assert report.update(new, ROWS) == new
+
+
+def test_the_table_of_ops_is_that_of_the_sources(report):
+    readme = (ROOT / "README.md").read_text()
+    assert report.update_ops(readme) == readme, "python -m bench.report RESULTS --update README.md"
+    families = set(report.OPS.findall(readme))
+    assert {name for _, name, _ in families} == {op.family for op in REGISTRY.values()}
+    row = next(line for line in readme.splitlines() if line.startswith("| `combine` |"))
+    assert row.endswith("| yes | yes | yes | yes |")
+    with pytest.raises(ValueError, match="ops:nothing"):
+        report.ops_table("nothing")
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ def _cells(row: _measure.Row, rows: Sequence[_measure.Row]) -> tuple[str, ...]:
     return (
         row.op, size_label(row.size), row.dtype, row.contender, duration(row.median),
         f"{duration(row.p20)} .. {duration(row.p80)}", f"{row.gbps:.1f}", f"{row.share:.0%}",
-        speedup("reference"), speedup(COMPILED), f"{row.peak_memory / 1e6:.2f} MB",
+        speedup("reference"), speedup(COMPILED), megabytes(row.peak_memory),
     )  # fmt: skip
 
 
@@ -143,6 +143,14 @@ def _round(n) -> bool:
 def duration(seconds: float) -> str:
     scale, unit = (1.0, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
     return f"{seconds / scale:.3g} {unit}"
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.3g} MB"
+
+
+def option_label(value) -> str:
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
 # --------------------------------------------------------------------------------------------
