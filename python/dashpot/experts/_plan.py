@@ -144,10 +144,9 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def gather(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index] (n, d), zeros where index is -1 (or there is no row to point to)."""
-    if rows.shape[0] == 0:
-        return rows.new_zeros((index.shape[0], rows.shape[1]))
-    return torch.where((index >= 0)[:, None], rows[index.clamp(min=0).long()], 0)
+    """rows[index] (n, d), zeros where index is -1."""
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, 1))  # (T + 1, d), the last row zeros
+    return padded[torch.where(index < 0, rows.shape[0], index).long()]
 
 
 def random_ids(tokens: int, k: int, num_experts: int, seed: int, device) -> Tensor:
