@@ -95,7 +95,8 @@ def declared() -> list[tuple[str, str, str]]:
             found.append((backend, path.parent.name, name.removesuffix("_cuda")))
     for path in (ROOT / "triton_kernels").rglob("*.py"):
         for name in re.findall(r"^def ([a-z]\w+)\(", path.read_text(), re.MULTILINE):
-            found.append(("triton", path.stem, name))
+            family = path.relative_to(ROOT / "triton_kernels").parts[0].removesuffix(".py")
+            found.append(("triton", family, name))
     parts = ("_forward", "_backward", "_supports")
     return [entry for entry in found if entry[2].endswith(parts)]
 

@@ -19,7 +19,12 @@ from dashpot._dispatch import REGISTRY, Chain
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = (80, 90, 100)
-SOURCES = sorted(path for path in (ROOT / "triton_kernels").glob("*.py") if path.stem[0] != "_")
+# {family: its source files}; a large family is a folder.
+SOURCES = {
+    path.stem: sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    for path in sorted((ROOT / "triton_kernels").iterdir())
+    if path.stem[0] != "_" and (path.is_dir() or path.suffix == ".py")
+}
 
 
 class Target:
@@ -105,19 +110,30 @@ def tensors(op, size) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("family", [path.stem for path in SOURCES])
+@pytest.mark.parametrize("family", SOURCES)
 def test_resources(compiled, ptxas_usage, kernel_limits, family, capability):
     """Every @triton.jit function that a launcher starts was seen, within its limits."""
     seen = {}
     for op, launcher in launchers(family):
         for args in calls(op, launcher, capability):
-            for kernel in compiled(capability, launcher.forward, *args):
+            for kernel in compiled(capability, both_passes, op, launcher, args):
                 if kernel.hash not in seen:
                     seen[kernel.hash] = kernel.metadata.name
                     usage = usage_of(kernel, ptxas_usage)
                     kernel_limits.check(family, kernel.metadata.name, usage)
-    source = (ROOT / "triton_kernels" / f"{family}.py").read_text()
+    source = "".join(path.read_text() for path in SOURCES[family])
     assert set(seen.values()) == set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))
+
+
+def both_passes(op, launcher, args) -> None:
+    """The launchers of the forward and, where there is one, of the backward, on its outputs."""
+    outputs = launcher.forward(*args)
+    if launcher.backward is None:
+        return
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = [torch.empty_like(output) for output in outputs]
+    source = {"arg": args, "out": outputs, "grad": grads, "needs": [[True] * len(op._slots)]}
+    launcher.backward(*(source[kind][i] for kind, i in op._plan.takes))
 
 
 def test_a_target_without_device_compiles(compiled, ptxas_usage):

@@ -60,7 +60,9 @@ def test_seed_and_offset_as_tensors(backend):
     first = dashpot.route_random(12, 4, seed=1234, offset=offset)
     assert first.flatten().tolist() == FLAT
     offset += 1
-    again = dashpot.route_random(12, 4, seed=torch.tensor(1234, device=backend.device), offset=offset)
+    again = dashpot.route_random(
+        12, 4, seed=torch.tensor(1234, device=backend.device), offset=offset
+    )
     assert again.tolist() == route(backend, 12, 4, seed=1234, offset=1)
 
 
@@ -80,15 +82,18 @@ def test_distinct_and_uniform(backend):
 
 
 def test_passes_coincide_as_often_as_chance(backend):
-    first, second = dashpot.route_random(
-        20_000, 4, num_passes=2, seed=8, device=backend.device
-    ).cpu().chunk(2)
+    first, second = (
+        dashpot.route_random(20_000, 4, num_passes=2, seed=8, device=backend.device).cpu().chunk(2)
+    )
     assert abs((first == second).double().mean() - 0.25) < 0.02
 
 
 @pytest.mark.parametrize("units", [0, 1])
 def test_few_units(backend, units):
-    assert route(backend, units, 3, seed=0, num_passes=2) == route(backend, 1, 3, seed=0, num_passes=2)[: 2 * units]
+    assert (
+        route(backend, units, 3, seed=0, num_passes=2)
+        == route(backend, 1, 3, seed=0, num_passes=2)[: 2 * units]
+    )
 
 
 def test_one_expert_and_all_experts(backend):
