@@ -50,21 +50,40 @@ struct Exponentials {
         factors(tops.size()) {}
 };
 
+// Body(c, left) for the whole vectors of [first, last), and for what is left.
+template <class W, Isa isa, class Body>
+DASHPOT_INLINE void for_vectors(int64_t first, int64_t last, const Body& body) {
+  constexpr int64_t kStep = kLanes<W, isa>;
+  int64_t c = first;
+  for (; c + kStep <= last; c += kStep) body(c, kStep);
+  if (c < last) body(c, last - c);
+}
+
+// e^x for x <= 0, 0 below 2^-126; NaN stays.
+template <class W, Isa isa>
+DASHPOT_INLINE Vec<W, isa> decay(Vec<W, isa> x) {
+  constexpr W kLeast = -(FloatLayout<W>::kBias - 1);
+  const Vec<W, isa> y = x * W(1.4426950408889634);
+  const Vec<W, isa> power = exp2_bounded<W, isa>(y < kLeast ? Vec<W, isa>{} + kLeast : y);
+  return y >= kLeast ? power : y < kLeast ? Vec<W, isa>{} : y;
+}
+
 template <Isa isa, class T>
 DASHPOT_INLINE void exponentials(const T* z, int64_t n, bool with_sum, Exponentials<Wide<T>>* out) {
   using W = Wide<T>;
-  constexpr int64_t kStep = kLanes<W, isa>;
   constexpr W kLow = -std::numeric_limits<W>::infinity();
   W top = kLow;
   double sum = 0, sum_z = 0;
+  W* const e = out->e.data();
   for (int64_t first = 0, block = 0; first < n; first += kBlock, ++block) {
     const int64_t last = first + kBlock < n ? first + kBlock : n;
     Vec<W, isa> most = Vec<W, isa>{} + kLow, total_z{};
-    for (int64_t c = first; c < last; c += kStep) {
-      const Vec<W, isa> value = load_part<isa>(z + c, last - c, kLow);
+    for_vectors<W, isa>(first, last, [&](int64_t c, int64_t left) __attribute__((always_inline)) {
+      const Vec<W, isa> value = load_part<isa>(z + c, left, kLow);
       most = most < value ? value : most;
-      if (with_sum) total_z += load_part<isa>(z + c, last - c, W(0));
-    }
+      store<W, isa>(e + c, value);
+      if (with_sum) total_z += load_part<isa>(z + c, left, W(0));
+    });
     const W high = max_lane<W, isa>(most);
     if (high > top) {
       sum *= std::exp(static_cast<double>(top) - static_cast<double>(high));
@@ -72,10 +91,10 @@ DASHPOT_INLINE void exponentials(const T* z, int64_t n, bool with_sum, Exponenti
     }
     const W shift = top == kLow ? W(0) : top;
     Vec<W, isa> total{};
-    for (int64_t c = first; c < last; c += kStep) {
-      const Vec<W, isa> value =
-          dashpot::exp<W, isa>(load_part<isa>(z + c, last - c, kLow) - shift);
-      store<W, isa>(out->e.data() + c, value);
+    constexpr int64_t kStep = kLanes<W, isa>;
+    for (int64_t c = first; c < last; c += kStep) {  // e is padded: lanes beyond are e^-inf = 0
+      const Vec<W, isa> value = decay<W, isa>(load<W, isa>(e + c) - shift);
+      store<W, isa>(e + c, value);
       total += value;
     }
     sum += sum_lanes<W, isa>(total);
@@ -98,18 +117,26 @@ DASHPOT_INLINE Vec<W, isa> gap(Vec<W, isa> z1, Vec<W, isa> z2, W shift, Vec<W, i
   return (p == W(0)) & (q == W(0)) ? Vec<W, isa>{} : d;
 }
 
-// Gradients of one vector: scale * (p - share + alpha/2 (p (D - KL) + p - q)) and its mirror image.
-template <Isa isa, class W>
-struct Pair {
-  Vec<W, isa> first, second;
+// What a row's gradients are made with: scale (p - share + alpha/2 (p (D - KL(p||q)) + p - q)) =
+// own p + cross (p (D - KL) - q) - rest, and its mirror image.
+template <class W>
+struct Coefficients {
+  W own, cross, rest, kl_pq, kl_qp;
+  Coefficients(const Row& row, const Options& options, double scale)
+      : own(static_cast<W>(scale * (1 + options.alpha / 2))),
+        cross(static_cast<W>(scale * options.alpha / 2)),
+        rest(static_cast<W>(scale * options.smoothing / options.classes)),
+        kl_pq(static_cast<W>(row.kl_pq)),
+        kl_qp(static_cast<W>(row.kl_qp)) {}
 };
 
-template <Isa isa, class W>
-DASHPOT_INLINE Pair<isa, W> gradients(Vec<W, isa> p, Vec<W, isa> q, Vec<W, isa> d, W kl_pq, W kl_qp,
-                                      W half_alpha, W share, W scale) {
-  const Vec<W, isa> pd = p == W(0) ? p : p * (d - kl_pq), qd = q == W(0) ? q : q * (d + kl_qp);
-  return {(p - share + half_alpha * (pd + (p - q))) * scale,
-          (q - share + half_alpha * ((q - p) - qd)) * scale};
+template <Isa isa, class T>
+DASHPOT_INLINE void write_gradients(Vec<Wide<T>, isa> p, Vec<Wide<T>, isa> q, Vec<Wide<T>, isa> d,
+                                    const Coefficients<Wide<T>>& use, int64_t left, T* grad1,
+                                    T* grad2) {
+  const Vec<Wide<T>, isa> first = p * (d - use.kl_pq) - q, second = q * (-d - use.kl_qp) - p;
+  store_part<isa>(grad1, use.own * p + (use.cross * first - use.rest), left);
+  store_part<isa>(grad2, use.own * q + (use.cross * second - use.rest), left);
 }
 
 // The label's own entry, whose share is larger by 1 - s.
@@ -136,7 +163,6 @@ struct ForwardRow {
                                  Exponentials<Wide<T>>* two, double* loss, Row* row, T* grad1,
                                  T* grad2) {
     using W = Wide<T>;
-    constexpr int64_t kStep = kLanes<W, isa>;
     const int64_t n = options->classes;
     const bool smooth = options->smoothing != 0;
     exponentials<isa>(z1, n, smooth, one);
@@ -147,16 +173,15 @@ struct ForwardRow {
       const int64_t last = first + kBlock < n ? first + kBlock : n;
       const W f = one->factors[block], g = two->factors[block];
       Vec<W, isa> sum_j{}, sum_p{}, sum_q{};
-      for (int64_t c = first; c < last; c += kStep) {
+      for_vectors<W, isa>(first, last, [&](int64_t c, int64_t left) __attribute__((always_inline)) {
         const Vec<W, isa> p = load<W, isa>(one->e.data() + c) * f;
         const Vec<W, isa> q = load<W, isa>(two->e.data() + c) * g;
-        const Vec<W, isa> d = gap<isa, W>(load_part<isa>(z1 + c, last - c, W(0)),
-                                          load_part<isa>(z2 + c, last - c, W(0)), shift, p, q);
-        const Vec<W, isa> j = (p - q) * d;
-        sum_j += p == q ? Vec<W, isa>{} : j;
+        const Vec<W, isa> d = gap<isa, W>(load_part<isa>(z1 + c, left, W(0)),
+                                          load_part<isa>(z2 + c, left, W(0)), shift, p, q);
+        sum_j += (p - q) * d;
         sum_p += p == W(0) ? Vec<W, isa>{} : p * d;
         sum_q += q == W(0) ? Vec<W, isa>{} : q * d;
-      }
+      });
       jeffreys += sum_lanes<W, isa>(sum_j);
       kl_pq += sum_lanes<W, isa>(sum_p);
       kl_qp -= sum_lanes<W, isa>(sum_q);
@@ -168,20 +193,17 @@ struct ForwardRow {
     if (smooth) value -= s * ((one->sum_z + two->sum_z) / n - one->lse - two->lse);
     *loss = value;
     if (grad1 == nullptr) return;
-    const W half = static_cast<W>(options->alpha / 2), share = static_cast<W>(s / n);
+    const Coefficients<W> use(*row, *options, scale);
     for (int64_t first = 0, block = 0; first < n; first += kBlock, ++block) {
       const int64_t last = first + kBlock < n ? first + kBlock : n;
       const W f = one->factors[block], g = two->factors[block];
-      for (int64_t c = first; c < last; c += kStep) {
+      for_vectors<W, isa>(first, last, [&](int64_t c, int64_t left) __attribute__((always_inline)) {
         const Vec<W, isa> p = load<W, isa>(one->e.data() + c) * f;
         const Vec<W, isa> q = load<W, isa>(two->e.data() + c) * g;
-        const Vec<W, isa> d = gap<isa, W>(load_part<isa>(z1 + c, last - c, W(0)),
-                                          load_part<isa>(z2 + c, last - c, W(0)), shift, p, q);
-        const auto grads = gradients<isa, W>(p, q, d, static_cast<W>(kl_pq), static_cast<W>(kl_qp),
-                                             half, share, static_cast<W>(scale));
-        store_part<isa>(grad1 + c, grads.first, last - c);
-        store_part<isa>(grad2 + c, grads.second, last - c);
-      }
+        const Vec<W, isa> d = gap<isa, W>(load_part<isa>(z1 + c, left, W(0)),
+                                          load_part<isa>(z2 + c, left, W(0)), shift, p, q);
+        write_gradients<isa>(p, q, d, use, left, grad1 + c, grad2 + c);
+      });
     }
     fix_label(z1, z2, label, *row, *options, scale, grad1, grad2);
   }
@@ -194,22 +216,16 @@ struct BackwardRow {
   static DASHPOT_INLINE void run(const T* z1, const T* z2, int64_t label, const Options* options,
                                  double scale, const Row* row, T* grad1, T* grad2) {
     using W = Wide<T>;
-    constexpr int64_t kStep = kLanes<W, isa>;
     const int64_t n = options->classes;
     const W lse1 = static_cast<W>(row->lse1), lse2 = static_cast<W>(row->lse2);
     const W shift = static_cast<W>(row->lse1 - row->lse2);
-    const W half = static_cast<W>(options->alpha / 2);
-    const W share = static_cast<W>(options->smoothing / n);
-    for (int64_t c = 0; c < n; c += kStep) {
-      const Vec<W, isa> a = load_part<isa>(z1 + c, n - c, W(0));
-      const Vec<W, isa> b = load_part<isa>(z2 + c, n - c, W(0));
-      const Vec<W, isa> p = dashpot::exp<W, isa>(a - lse1), q = dashpot::exp<W, isa>(b - lse2);
-      const auto grads = gradients<isa, W>(p, q, gap<isa, W>(a, b, shift, p, q),
-                                           static_cast<W>(row->kl_pq), static_cast<W>(row->kl_qp),
-                                           half, share, static_cast<W>(scale));
-      store_part<isa>(grad1 + c, grads.first, n - c);
-      store_part<isa>(grad2 + c, grads.second, n - c);
-    }
+    const Coefficients<W> use(*row, *options, scale);
+    for_vectors<W, isa>(0, n, [&](int64_t c, int64_t left) __attribute__((always_inline)) {
+      const Vec<W, isa> a = load_part<isa>(z1 + c, left, W(0));
+      const Vec<W, isa> b = load_part<isa>(z2 + c, left, W(0));
+      const Vec<W, isa> p = decay<W, isa>(a - lse1), q = decay<W, isa>(b - lse2);
+      write_gradients<isa>(p, q, gap<isa, W>(a, b, shift, p, q), use, left, grad1 + c, grad2 + c);
+    });
     fix_label(z1, z2, label, *row, *options, scale, grad1, grad2);
   }
 };

@@ -155,7 +155,7 @@ def test_scores_of_other_dtypes(dtype):
         ({"priority": "first"}, ValueError, "priority: expected one of choice, token, score"),
         ({"priority": "score"}, ValueError, "scores: expected a tensor for priority=\"score\""),
         ({"scores": torch.zeros(6, 2)}, ValueError, "scores: expected None for priority="),
-        ({"scores": torch.zeros(5, 2), "priority": "score"}, ValueError, r"scores: expected \(6, 2"),
+        ({"scores": torch.zeros(5, 2), "priority": "score"}, ValueError, r"expected \(6, 2\)"),
         ({"num_experts": 65536, "align": 1 << 20}, ValueError, "expert_idx: expected at most 2147"),
     ],
 )  # fmt: skip

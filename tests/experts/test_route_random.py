@@ -47,7 +47,7 @@ def test_vectors(backend):
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize(("units", "experts", "top_k"), [(40, 7, 3), (3, 64, 17), (1500, 9, 9)])
 def test_same_bits_as_the_reference(backend, units, experts, top_k, replace):
-    kwargs = dict(top_k=top_k, replace=replace, num_passes=2, seed=2**64 - 3, offset=-5)
+    kwargs = {"top_k": top_k, "replace": replace, "num_passes": 2, "seed": 2**64 - 3, "offset": -5}
     got = dashpot.route_random(units, experts, device=backend.device, **kwargs)
     with dashpot.backend("reference"):
         want = dashpot.route_random(units, experts, **kwargs)
@@ -128,7 +128,7 @@ def official_mask(ids, experts, time, batch, level) -> torch.Tensor:
 
 @pytest.mark.parametrize("level", ["batch", "token", "position", "sequence"])
 def test_official_modes(backend, level):
-    """Each official mode is units spread over [T, B]; "sequence" is what level 1 was meant to be."""
+    """Each official mode is units spread over [T, B]; "sequence" is what level 1 is called."""
     time, batch, experts = 5, 3, 4
     units = {"batch": 1, "token": time * batch, "position": time, "sequence": batch}[level]
     ids = dashpot.route_random(units, experts, seed=9, device=backend.device).cpu()[:, 0]
@@ -151,19 +151,19 @@ def test_official_modes(backend, level):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        (dict(num_units=-1), ValueError, "num_units: expected 0 <= num_units"),
-        (dict(num_units=2.0), TypeError, "num_units: expected an int, got float"),
-        (dict(num_experts=0), ValueError, "num_experts: expected 1 <= num_experts"),
-        (dict(top_k=0), ValueError, "top_k: expected 1 <= top_k"),
-        (dict(top_k=5), ValueError, "top_k: expected at most num_experts = 4 without"),
-        (dict(replace=1), TypeError, "replace: expected a bool, got int"),
-        (dict(num_passes=0), ValueError, "num_passes: expected 1 <= num_passes"),
-        (dict(num_units=2**31 - 1, num_passes=2), ValueError, "num_units: expected at most 2"),
-        (dict(seed=1.5), TypeError, "seed: expected an int or a 0-d int64 tensor, got float"),
-        (dict(seed=2**64), ValueError, "seed: expected at most 64 bits"),
-        (dict(offset=torch.zeros(2, dtype=torch.int64)), ValueError, "offset: expected an int or"),
-        (dict(offset=torch.tensor(1.0)), ValueError, "offset: expected an int or a 0-d int64"),
-        (dict(seed=torch.tensor(1), device="meta"), ValueError, "seed: expected a tensor on meta"),
+        ({"num_units": -1}, ValueError, "num_units: expected 0 <= num_units"),
+        ({"num_units": 2.0}, TypeError, "num_units: expected an int, got float"),
+        ({"num_experts": 0}, ValueError, "num_experts: expected 1 <= num_experts"),
+        ({"top_k": 0}, ValueError, "top_k: expected 1 <= top_k"),
+        ({"top_k": 5}, ValueError, "top_k: expected at most num_experts = 4 without"),
+        ({"replace": 1}, TypeError, "replace: expected a bool, got int"),
+        ({"num_passes": 0}, ValueError, "num_passes: expected 1 <= num_passes"),
+        ({"num_units": 2**31 - 1, "num_passes": 2}, ValueError, "num_units: expected at most 2"),
+        ({"seed": 1.5}, TypeError, "seed: expected an int or a 0-d int64 tensor, got float"),
+        ({"seed": 2**64}, ValueError, "seed: expected at most 64 bits"),
+        ({"offset": torch.zeros(2).long()}, ValueError, "offset: expected an int or"),
+        ({"offset": torch.tensor(1.0)}, ValueError, "offset: expected an int or a 0-d int64"),
+        ({"seed": torch.tensor(1), "device": "meta"}, ValueError, "seed: expected a tensor on"),
     ],
 )
 def test_errors(kwargs, error, message):

@@ -10,7 +10,9 @@ from dashpot.experts.unpermute import UNPERMUTE
 
 def plan_on(device, ids, **kwargs):
     with dashpot.backend("reference"):
-        return dashpot.DispatchPlan(*(t.to(device) for t in dashpot.dispatch_plan(ids, 4, **kwargs)))
+        return dashpot.DispatchPlan(
+            *(t.to(device) for t in dashpot.dispatch_plan(ids, 4, **kwargs))
+        )
 
 
 @pytest.mark.parametrize("align", [1, 8])

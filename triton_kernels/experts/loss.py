@@ -16,7 +16,7 @@ from torch import Tensor
 
 @triton.jit
 def _pair(z1_ptr, z2_ptr, column, there, lse1, lse2):
-    """p, q and D of a block; D is 0 where neither has a probability, p and q are 0 beyond the row."""
+    """p, q and D of a block; D is 0 where neither has a probability, as beyond the row."""
     a = tl.load(z1_ptr + column, mask=there, other=float("-inf")).to(tl.float32)
     b = tl.load(z2_ptr + column, mask=there, other=float("-inf")).to(tl.float32)
     p = tl.exp(a - lse1)

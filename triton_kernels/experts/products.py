@@ -13,9 +13,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from dashpot.triton_kernels.experts.rows import columns, sum_rows
+from torch import Tensor
 
 _ACTIVATIONS = {None: 0, "relu": 1, "gelu": 2, "silu": 3}
 
@@ -73,6 +72,7 @@ def _grouped_kernel(
     GATED: tl.constexpr,
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64)
     # Segment `experts` is what lies past the last end: it has tiles, but no product.
@@ -114,10 +114,14 @@ def _grouped_kernel(
             a = tl.load(a_row[:, None] + at[None, :], mask=live[:, None] & deep[None, :], other=0.0)
             w_at = w_base[None, :] + at[:, None] * w_column  # (BK, BN)
             w_in = deep[:, None] & wide[None, :]
-            z += tl.dot(a, tl.load(w_at, mask=w_in, other=0.0), input_precision=PRECISION)
+            w = tl.load(w_at, mask=w_in, other=0.0)
+            if WIDE:
+                a = a.to(tl.float32)
+                w = w.to(tl.float32)
+            z += tl.dot(a, w, input_precision=PRECISION)
             if GATED:
-                other = tl.load(w_at + n * w_row, mask=w_in, other=0.0)
-                up += tl.dot(a, other, input_precision=PRECISION)
+                w = tl.load(w_at + n * w_row, mask=w_in, other=0.0).to(w.dtype)
+                up += tl.dot(a, w, input_precision=PRECISION)
         width = n * 2 if GATED else n
         if HAS_BIAS:
             b_at = bias_ptr + chosen * width + column
@@ -164,6 +168,7 @@ def _grouped_outer_kernel(
     HAS_WEIGHTS: tl.constexpr,
     SUM: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     expert = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)  # (BN,)
@@ -191,9 +196,12 @@ def _grouped_outer_kernel(
             a = (a.to(tl.float32) * w[:, None]).to(a_ptr.dtype.element_ty)
         b_at = b_ptr + b_row[:, None] * m + other[None, :]
         b = tl.load(b_at, mask=live[:, None] & (other < m)[None, :], other=0.0)  # (BM, BK)
-        total += tl.dot(tl.trans(a), b, input_precision=PRECISION)
         if SUM:
             sums += tl.sum(a.to(tl.float32), 0)
+        if WIDE:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        total += tl.dot(tl.trans(a), b, input_precision=PRECISION)
     at = out_ptr + expert * n * m + column[:, None] * m + other[None, :]
     there = (column < n)[:, None] & (other < m)[None, :]
     tl.store(at, (total * scale).to(out_ptr.dtype.element_ty), mask=there)
@@ -266,8 +274,10 @@ def _activate_backward_kernel(
         tl.store(dw_ptr + flat, tl.sum(dot, 0).to(dw_ptr.dtype.element_ty), mask=live)
 
 
-def _precision(x: Tensor) -> str:
-    return "tf32x3" if x.dtype == torch.float32 else "ieee"
+def _precision(x: Tensor) -> dict:
+    """How tl.dot multiplies; the interpreter takes bfloat16 for its bits, so it gets float32."""
+    wide = triton.knobs.runtime.interpret and x.dtype == torch.bfloat16
+    return {"PRECISION": "tf32x3" if x.dtype == torch.float32 else "ieee", "WIDE": wide}
 
 
 def _grouped(
@@ -295,7 +305,7 @@ def _grouped(
         experts, *strides, max(1, k), E=triton.next_power_of_2(experts + 1), BM=bm, BN=bn, BK=32,
         GATHER=k > 0, SCATTER=scatter, HAS_BIAS=bias is not None, HAS_WEIGHTS=weights is not None,
         ACTIVATION=_ACTIVATIONS[activation], GATED=gated, SAVE=pre is not None,
-        PRECISION=_precision(a), num_warps=8 if bm * bn > 4096 else 4,
+        **_precision(a), num_warps=8 if bm * bn > 4096 else 4,
     )  # fmt: skip
     return out
 
@@ -317,7 +327,7 @@ def _outer(
             a, b, offsets, offsets if order is None else order, a if weights is None else weights,
             out, out if sums is None else sums, slots, n, m, k, scale, BM=32, BN=bn, BK=bk,
             GATHER_A=gather_a, GATHER_B=gather_b, HAS_WEIGHTS=weights is not None, SUM=bias,
-            PRECISION=_precision(a), num_warps=4,
+            **_precision(a), num_warps=4,
         )  # fmt: skip
     return out, sums
 
@@ -388,8 +398,9 @@ def expert_mlp_backward(
     dweights = None if weights is None else torch.zeros_like(weights)
     if slots:
         _activate_backward_kernel[(slots,)](
-            pre, u, grad_y, u if b2 is None else b2, offsets, order, u if weights is None else weights,
-            hidden, dz, u if dweights is None else dweights, hidden_size, d, k, experts, scale,
+            pre, u, grad_y, u if b2 is None else b2, offsets, order,
+            u if weights is None else weights, hidden, dz, u if dweights is None else dweights,
+            hidden_size, d, k, experts, scale,
             E=triton.next_power_of_2(experts), BLOCK=min(1024, columns(hidden_size)),
             ACTIVATION=_ACTIVATIONS[activation], GATED=gated, HAS_BIAS=b2 is not None,
             HAS_WEIGHTS=weights is not None, num_warps=4,
