@@ -114,7 +114,7 @@ template <Isa isa, class W>
 DASHPOT_INLINE Vec<W, isa> gap(Vec<W, isa> z1, Vec<W, isa> z2, W shift, Vec<W, isa> p,
                                Vec<W, isa> q) {
   const Vec<W, isa> d = (z1 - z2) - shift;
-  return (p == W(0)) & (q == W(0)) ? Vec<W, isa>{} : d;
+  return p + q == W(0) ? Vec<W, isa>{} : d;
 }
 
 // What a row's gradients are made with: scale (p - share + alpha/2 (p (D - KL(p||q)) + p - q)) =

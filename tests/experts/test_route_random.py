@@ -132,12 +132,8 @@ def test_official_modes(backend, level):
     time, batch, experts = 5, 3, 4
     units = {"batch": 1, "token": time * batch, "position": time, "sequence": batch}[level]
     ids = dashpot.route_random(units, experts, seed=9, device=backend.device).cpu()[:, 0]
-    spread = {
-        "batch": ids.expand(time, batch),
-        "token": ids.reshape(time, batch),
-        "position": ids[:, None].expand(time, batch),
-        "sequence": ids[None, :].expand(time, batch),
-    }[level]
+    view = {"batch": (1, 1), "token": (time, batch), "position": (time, 1), "sequence": (1, batch)}
+    spread = ids.reshape(view[level]).expand(time, batch)
     kept = torch.stack([spread == e for e in range(experts)])
     assert torch.equal(kept.sum(0), torch.ones(time, batch, dtype=torch.int64))
     if level in ("token", "position"):
