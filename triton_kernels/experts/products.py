@@ -294,9 +294,10 @@ def _grouped(
     if not slots or not n:
         return out
     experts = w.shape[0]
-    narrow = a.dtype != torch.float32
-    bm = min(128 if narrow else 64, max(16, triton.next_power_of_2(triton.cdiv(slots, experts))))
-    bn = min(64 if gated or not narrow else 128, max(16, triton.next_power_of_2(n)))
+    # Addresses of rows that are not aligned fill registers, and so do the parts of a float32.
+    most = 128 if a.dtype != torch.float32 and n % 16 == 0 and a.shape[1] % 16 == 0 else 64
+    bm = min(most, max(16, triton.next_power_of_2(triton.cdiv(slots, experts))))
+    bn = min(64 if gated else most, max(16, triton.next_power_of_2(n)))
     strides = (w.stride(0), w.stride(2), w.stride(1)) if transposed else w.stride()
     grid = (triton.cdiv(slots, bm) + experts + 1, triton.cdiv(n, bn))
     _grouped_kernel[grid](
@@ -305,7 +306,7 @@ def _grouped(
         experts, *strides, max(1, k), E=triton.next_power_of_2(experts + 1), BM=bm, BN=bn, BK=32,
         GATHER=k > 0, SCATTER=scatter, HAS_BIAS=bias is not None, HAS_WEIGHTS=weights is not None,
         ACTIVATION=_ACTIVATIONS[activation], GATED=gated, SAVE=pre is not None,
-        **_precision(a), num_warps=8 if bm * bn > 4096 else 4,
+        **_precision(a), num_warps=8 if bm * bn >= 4096 else 4,
     )  # fmt: skip
     return out
 
