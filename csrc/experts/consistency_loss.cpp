@@ -1,13 +1,13 @@
 // consistency_loss: CE1 + CE2 + alpha J for rows of two logits (M, V); J = 1/2 sum (p - q) D.
 //
-// A row at a time, in blocks of kBlock classes. Pass 1 writes e = exp(z - m) to a buffer per thread,
-// with the largest logit m so far (later blocks may raise it: the factor exp(m - M)/sum is kept per
-// block), so that each logit meets one exponential. Pass 2 sums the J terms and both KLs, in
-// vectors within a block, float64 between blocks. If asked for (early), pass 3 writes both
+// A row at a time, in blocks of kBlock classes. Pass 1 writes e = exp(z - m) to a buffer per
+// thread, with the largest logit m so far (later blocks may raise it: the factor exp(m - M)/sum is
+// kept per block), so that each logit meets one exponential. Pass 2 sums the J terms and both KLs,
+// in vectors within a block, float64 between blocks. If asked for (early), pass 3 writes both
 // gradients at once. The row, its buffers and its gradients lie in the L2 cache: memory sees the
 // logits once.
-// Residuals (M, 4): lse1, lse2, KL(p||q), KL(q||p). Backward without early gradients: p and q by one
-// exponential each, one read, one write.
+// Residuals (M, 4): lse1, lse2, KL(p||q), KL(q||p). Backward without early gradients: p and q by
+// one exponential each, one read, one write.
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -307,10 +307,12 @@ Outputs consistency_loss_forward(const Tensor& logits1, const Tensor& logits2, c
   return out;
 }
 
-std::tuple<Tensor, Tensor> consistency_loss_backward(
-    const Tensor& grad_loss, const Tensor& logits1, const Tensor& logits2, const Tensor& target,
-    const Tensor& stats, const Tensor& early1, const Tensor& early2, double alpha, double smoothing,
-    int64_t ignore, const std::string& reduction, bool early) {
+std::tuple<Tensor, Tensor> consistency_loss_backward(const Tensor& grad_loss, const Tensor& logits1,
+                                                     const Tensor& logits2, const Tensor& target,
+                                                     const Tensor& stats, const Tensor& early1,
+                                                     const Tensor& early2, double alpha,
+                                                     double smoothing, int64_t ignore,
+                                                     const std::string& reduction, bool early) {
   const int64_t rows = logits1.size(0), classes = logits1.size(1);
   const std::tuple<Tensor, Tensor> grads{logits1.new_empty({rows, classes}, logits1.dtype),
                                          logits1.new_empty({rows, classes}, logits1.dtype)};

@@ -141,8 +141,8 @@ struct ScaleRows {
   }
 };
 
-using Gradients = std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor,
-                             MaybeTensor>;
+using Gradients =
+    std::tuple<MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor, MaybeTensor>;
 
 Gradients expert_mlp_backward(const Tensor& grad_y, const Tensor& x, const Tensor& order,
                               const Tensor& rank, const Tensor& offsets, const Tensor& w1,
@@ -207,7 +207,8 @@ Gradients expert_mlp_backward(const Tensor& grad_y, const Tensor& x, const Tenso
         });
       }
       if (dw2) {
-        multiply(rows_of(rows, 0, count).attr("t")(), rows_of(hidden, 0, count), expert_of(*dw2, e));
+        multiply(rows_of(rows, 0, count).attr("t")(), rows_of(hidden, 0, count),
+                 expert_of(*dw2, e));
       }
       if (db2) column_sums(rows, 0, count, d, *db2, e);
       if (db1) column_sums(dz, 0, count, width, *db1, e);

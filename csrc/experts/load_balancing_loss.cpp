@@ -45,8 +45,7 @@ struct BalanceGradient {
       const W mean = static_cast<W>(sum_lanes<W, isa>(dot) * inverse);
       const W factor = static_cast<W>(scale * inverse);
       for (int64_t c = 0; c < n; c += kStep) {
-        const Vec<W, isa> value =
-            load<W, isa>(e + c) * factor * (load<W, isa>(share + c) - mean);
+        const Vec<W, isa> value = load<W, isa>(e + c) * factor * (load<W, isa>(share + c) - mean);
         store_part<isa>(grad + t * n + c, value, n - c);
       }
     }

@@ -3,13 +3,15 @@
 //
 //   plan_count_kernel   a warp counts its share of the ids in shared memory [E]; order = -1
 //   plan_scan_kernel    one block: prefix of each expert's counts over the warps, then over experts
-//   plan_place_kernel   a warp takes its ids 32 at a time: lanes with the same id find each other by
+//   plan_place_kernel   a warp takes its ids 32 at a time: lanes with the same id find each other
+//   by
 //                       ballots on the id's bits, so that ranks are stable without atomics
 //
 // A warp is a block of its own: its counters need no barrier between warps, and shared memory is
 // O(E). Ids come from memory or are drawn again (`Ids`). With capacity by choice the same three
 // kernels first rank the ids in the order of priority (Order::kPriority) and leave in `rank` who is
-// kept (0) and who is not (-1). Bytes: 4n read twice, 8n written; about 2 log2 E ballots for 32 ids.
+// kept (0) and who is not (-1). Bytes: 4n read twice, 8n written; about 2 log2 E ballots for 32
+// ids.
 #pragma once
 
 #include "common/numeric.cuh"
@@ -47,8 +49,12 @@ struct DrawnIds {
     int32_t ids[kMaxDrawn];
     const int64_t t = i / k;
     const int j = static_cast<int>(i - t * k);
-    const Route drawn{static_cast<uint64_t>(*route.seed), static_cast<uint64_t>(*route.offset),
-                      route.units, route.experts, j + 1, route.replace};
+    const Route drawn{static_cast<uint64_t>(*route.seed),
+                      static_cast<uint64_t>(*route.offset),
+                      route.units,
+                      route.experts,
+                      j + 1,
+                      route.replace};
     choose(drawn, t, ids);
     return ids[j];
   }

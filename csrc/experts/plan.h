@@ -21,8 +21,12 @@ namespace dashpot::experts {
 
 inline Route route_of(const Tensor& seed, const Tensor& offset, int64_t units, int experts, int k,
                       bool replace) {
-  return {static_cast<uint64_t>(*seed.as<int64_t>()), static_cast<uint64_t>(*offset.as<int64_t>()),
-          units, experts, k, replace};
+  return {static_cast<uint64_t>(*seed.as<int64_t>()),
+          static_cast<uint64_t>(*offset.as<int64_t>()),
+          units,
+          experts,
+          k,
+          replace};
 }
 
 inline void choose_all(const Route& route, int64_t rows, int32_t* ids, int threads) {

@@ -12,8 +12,12 @@ __global__ void __launch_bounds__(kThreads)
     route_random_kernel(DeviceRoute route, int64_t rows, int32_t* ids) {
   const int64_t t = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   if (t >= rows) return;
-  const Route drawn{static_cast<uint64_t>(*route.seed), static_cast<uint64_t>(*route.offset),
-                    route.units, route.experts, route.k, route.replace};
+  const Route drawn{static_cast<uint64_t>(*route.seed),
+                    static_cast<uint64_t>(*route.offset),
+                    route.units,
+                    route.experts,
+                    route.k,
+                    route.replace};
   choose(drawn, t, ids + t * route.k);
 }
 

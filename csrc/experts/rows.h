@@ -18,9 +18,8 @@ inline constexpr int64_t kBlockBytes = 1 << 18;
 template <class Body>
 void for_row_blocks(int64_t rows, int64_t row_bytes, int threads, const Body& body) {
   const int64_t length = std::max<int64_t>(1, kBlockBytes / std::max<int64_t>(1, row_bytes));
-  parallel_for((rows + length - 1) / length, threads, [&](int64_t block) {
-    body(block * length, std::min(rows, (block + 1) * length));
-  });
+  parallel_for((rows + length - 1) / length, threads,
+               [&](int64_t block) { body(block * length, std::min(rows, (block + 1) * length)); });
 }
 
 // to[r] = from[order[r] / k], zeros where order is -1; rows of `bytes`.

@@ -32,8 +32,8 @@ struct GateRows {
       for (int64_t j = 0; j < k; ++j) {
         int64_t best = -1;
         for (int64_t c = 0; c < n; ++c) {
-          const bool after = j == 0 || z[c] < z[chosen[j - 1]] ||
-                             (z[c] == z[chosen[j - 1]] && c > chosen[j - 1]);
+          const bool after =
+              j == 0 || z[c] < z[chosen[j - 1]] || (z[c] == z[chosen[j - 1]] && c > chosen[j - 1]);
           if (after && (best < 0 || z[c] > z[best])) best = c;
         }
         chosen[j] = static_cast<int32_t>(best);

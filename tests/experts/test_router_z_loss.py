@@ -21,7 +21,9 @@ def test_far_from_zero(backend):
     loss.backward()
     lse = logits.detach().logsumexp(1)
     torch.testing.assert_close(loss, lse.square().mean())
-    torch.testing.assert_close(logits.grad, lse[:, None] * logits.detach().softmax(1))
+    torch.testing.assert_close(
+        logits.grad, lse[:, None] * logits.detach().softmax(1), rtol=1e-4, atol=0
+    )
 
 
 def test_no_token(backend):

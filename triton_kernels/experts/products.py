@@ -306,7 +306,7 @@ def _grouped(
         experts, *strides, max(1, k), E=triton.next_power_of_2(experts + 1), BM=bm, BN=bn, BK=32,
         GATHER=k > 0, SCATTER=scatter, HAS_BIAS=bias is not None, HAS_WEIGHTS=weights is not None,
         ACTIVATION=_ACTIVATIONS[activation], GATED=gated, SAVE=pre is not None,
-        **_precision(a), num_warps=8 if bm * bn >= 4096 else 4,
+        **_precision(a), num_warps=8 if bm * bn >= 2048 else 4,
     )  # fmt: skip
     return out
 
@@ -328,7 +328,7 @@ def _outer(
             a, b, offsets, offsets if order is None else order, a if weights is None else weights,
             out, out if sums is None else sums, slots, n, m, k, scale, BM=32, BN=bn, BK=bk,
             GATHER_A=gather_a, GATHER_B=gather_b, HAS_WEIGHTS=weights is not None, SUM=bias,
-            **_precision(a), num_warps=4,
+            **_precision(a), num_warps=8 if bn * bk >= 2048 else 4,
         )  # fmt: skip
     return out, sums
 

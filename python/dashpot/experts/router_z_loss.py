@@ -13,7 +13,7 @@ from dashpot.experts.topk_gate import check_logits
 
 
 def _router_z_loss_reference(logits: Tensor) -> Tensor:
-    """mean_t lse(z_t)^2."""
+    """mean_t lse(z_t)^2, lse(z) = log sum_e exp(z_e)."""
     lse = logits.to(work_dtype(logits.dtype)).logsumexp(1)  # (T,)
     return lse.square().sum() / max(1, logits.shape[0])
 

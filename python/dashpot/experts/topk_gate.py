@@ -60,7 +60,7 @@ def _topk_gate_inputs(size, dtype, device, seed):
 
 def _topk_gate_floor(logits, k, normalize):
     """Logits in, ids and weights out; an exponential and k comparisons for each logit."""
-    return bytes_of([logits]) + 8 * logits.shape[0] * k, logits.numel() * (k + 2)
+    return bytes_of([logits]) + 8 * logits.shape[0] * k + 4, logits.numel() * (k + 2)
 
 
 TOPK_GATE = declare(
