@@ -218,7 +218,8 @@ def _serves(op, backend: str, device: str, dtype: torch.dtype) -> bool:
     size = _sizes(op, "small")[0]
     args = op.inputs(size, dtype, device, 0)
     first = next(leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
-    if first.dtype != dtype:
+    own = first.dtype if first.is_floating_point() else torch.float32
+    if own != dtype:
         return False  # an op of fixed dtype, whatever it is asked for: one case is enough
     if backend == "reference":
         return True

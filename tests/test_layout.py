@@ -94,11 +94,6 @@ def test_file_is_short(path):
 # Kernels: each belongs to an op of its room, is found by the dispatcher, and is tested
 
 
-def family_of(path: Path) -> str:
-    """The family of a file of Triton kernels: `x.py`, or a part of it, `_x_part.py`."""
-    return path.stem.removeprefix("_").partition("_")[0]
-
-
 def declared() -> list[tuple[str, str, str]]:
     """(backend, family, function) of every kernel function that the sources declare."""
     found = []
@@ -108,7 +103,8 @@ def declared() -> list[tuple[str, str, str]]:
             found.append((backend, path.parent.name, name.removesuffix("_cuda")))
     for path in (ROOT / "triton_kernels").rglob("*.py"):
         for name in re.findall(r"^def ([a-z]\w+)\(", path.read_text(), re.MULTILINE):
-            found.append(("triton", family_of(path), name))
+            family = path.relative_to(ROOT / "triton_kernels").parts[0].removesuffix(".py")
+            found.append(("triton", family, name))
     parts = ("_forward", "_backward", "_supports")
     return [entry for entry in found if entry[2].endswith(parts)]
 

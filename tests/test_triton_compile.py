@@ -19,7 +19,12 @@ from dashpot._dispatch import REGISTRY, Chain
 
 ROOT = Path(__file__).resolve().parents[1]
 CAPABILITIES = (80, 90, 100)
-SOURCES = sorted(path for path in (ROOT / "triton_kernels").glob("*.py") if path.stem[0] != "_")
+# {family: its source files}; a large family is a folder.
+SOURCES = {
+    path.stem: sorted(path.rglob("*.py")) if path.is_dir() else [path]
+    for path in sorted((ROOT / "triton_kernels").iterdir())
+    if path.stem[0] != "_" and (path.is_dir() or path.suffix == ".py")
+}
 
 
 class Target:
@@ -117,7 +122,7 @@ def tensors(op, size) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("family", [path.stem for path in SOURCES])
+@pytest.mark.parametrize("family", SOURCES)
 def test_resources(compiled, ptxas_usage, kernel_limits, family, capability):
     """Every @triton.jit function that a launcher starts was seen, within its limits."""
     seen = {}
@@ -128,15 +133,8 @@ def test_resources(compiled, ptxas_usage, kernel_limits, family, capability):
                     seen[kernel.hash] = kernel.metadata.name
                     usage = usage_of(kernel, ptxas_usage)
                     kernel_limits.check(family, kernel.metadata.name, usage)
-    assert set(seen.values()) == kernels_in(family)
-
-
-def kernels_in(family: str) -> set[str]:
-    """Names in the family's file and its parts, `_<family>_<part>.py`."""
-    folder = ROOT / "triton_kernels"
-    files = [folder / f"{family}.py", *folder.glob(f"_{family}_*.py")]
-    source = "\n".join(path.read_text() for path in files)
-    return set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))
+    source = "".join(path.read_text() for path in SOURCES[family])
+    assert set(seen.values()) == set(re.findall(r"^def (_\w+_kernel)\(", source, re.MULTILINE))
 
 
 def test_a_target_without_device_compiles(compiled, ptxas_usage):

@@ -5,7 +5,7 @@ import importlib.util as _util
 # torch comes first: its OpenMP runtime is the one that dashpot._C links.
 import torch as _torch  # noqa: F401
 
-from dashpot import aggregate, attacks, contrastive, functional, spectral
+from dashpot import aggregate, attacks, contrastive, experts, functional, spectral
 from dashpot._backends import backend
 from dashpot._dispatch import REGISTRY
 from dashpot._explain import explain
@@ -13,7 +13,7 @@ from dashpot.functional import *  # noqa: F403
 
 __version__ = "0.1.0"
 __all__ = [
-    "REGISTRY", "aggregate", "attacks", "backend", "contrastive", "explain", "functional", "spectral",
+    "REGISTRY", "aggregate", "attacks", "backend", "contrastive", "experts", "explain", "functional", "spectral",
     *functional.__all__,
 ]  # fmt: skip
 

@@ -17,7 +17,10 @@ from typing import Any
 
 import torch
 
-_FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+# An op of integers alone (routes, plans) has them first.
+_DTYPES = frozenset(
+    (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+)
 
 
 @dataclass
@@ -28,7 +31,7 @@ class Backend:
     module: Callable[[str], ModuleType]  # family -> module; ImportError says why there is none
     devices: tuple[str, ...]
     suffix: str = ""
-    dtypes: frozenset[torch.dtype] = _FLOATS
+    dtypes: frozenset[torch.dtype] = _DTYPES
 
 
 def _compiled(_family: str) -> ModuleType:
@@ -46,7 +49,7 @@ def _triton_devices() -> tuple[str, ...]:
 
 BACKENDS = {
     "cpp": Backend("cpp", _compiled, ("cpu",)),
-    "triton": Backend("triton", _triton, _triton_devices(), dtypes=_FLOATS - {torch.float64}),
+    "triton": Backend("triton", _triton, _triton_devices(), dtypes=_DTYPES - {torch.float64}),
     "cuda": Backend("cuda", _compiled, ("cuda",), suffix="_cuda"),
 }
 ORDER = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # then the reference, always

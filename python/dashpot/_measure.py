@@ -156,7 +156,7 @@ def case(
         for i, arg in enumerate(args)
     )
     found = [x.dtype for x in _check.flatten(args) if x.is_floating_point()]
-    dtype = dtype if dtype in found else found[0]
+    dtype = dtype if dtype in found or not found else found[0]
     return Case(op, size, dtype, device, args, options, tuple(gradient))
 
 

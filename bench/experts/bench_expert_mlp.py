@@ -1,0 +1,85 @@
+"""expert_mlp at inference: against every expert on every token (the published code) and loops."""
+
+import torch
+from dashpot._measure import Peer
+from torch.nn import functional
+
+from bench import peers
+
+OP = "expert_mlp"
+SIZES = {torch.float32: [(4096, 1, 8, 1, "relu", 0, 1024, 256)]}
+
+
+def _ids(order, rank, offsets):
+    """(T,) the expert of each token, from the plan."""
+    return torch.searchsorted(offsets, rank[:, 0].contiguous(), right=True)
+
+
+def every_expert(x, order, rank, offsets, w1, b1, w2, b2, *_):
+    """Outputs of all experts stacked, masked, summed."""
+    ids = _ids(order, rank, offsets)
+    stack = torch.stack(
+        [
+            functional.linear(functional.relu(functional.linear(x, w1[e], b1[e])), w2[e], b2[e])
+            for e in range(len(w1))
+        ]
+    )
+    for e in range(len(w1)):
+        stack[e] *= ((ids == e) & (rank[:, 0] >= 0))[:, None]
+    return stack.sum(0)
+
+
+def loop(x, order, rank, offsets, w1, b1, w2, b2, *_):
+    """Tokens of each expert by nonzero, the usual loop."""
+    ids = _ids(order, rank, offsets)
+    y = torch.zeros_like(x)
+    for e in range(len(w1)):
+        mine = ((ids == e) & (rank[:, 0] >= 0)).nonzero()[:, 0]
+        z = functional.relu(functional.linear(x[mine], w1[e], b1[e]))
+        y[mine] = functional.linear(z, w2[e], b2[e])
+    return y
+
+
+def sorted_loop(x, order, rank, offsets, w1, b1, w2, b2, *_):
+    """The best loop by hand: rows sorted once, fused bias, activation in place."""
+    ends = offsets.tolist()
+    tokens = order[: ends[-1]].long()
+    rows, out, begin = x[tokens], torch.empty_like(x[: ends[-1]]), 0
+    for e, end in enumerate(ends):
+        z = torch.addmm(b1[e], rows[begin:end], w1[e].t()).relu_()
+        torch.addmm(b2[e], z, w2[e].t(), out=out[begin:end])
+        begin = end
+    y = torch.zeros_like(x)
+    y[tokens] = out
+    return y
+
+
+def scattermoe(x, order, rank, offsets, w1, b1, w2, b2, *_):
+    """Its two fused products; biases between them as separate passes."""
+    experts = peers.load("scattermoe.parallel_experts")
+    ids = _ids(order, rank, offsets)[:, None]
+    sorted_ids, sorted_order, ends = experts.flatten_sort_count(ids, num_experts=len(w1))
+    z = experts.parallel_linear(
+        x, w1.mT, 1, sorted_ids, sorted_order, ends, grouped_in=False, grouped_out=True
+    )
+    z = functional.relu(z + b1[sorted_ids])
+    y = experts.parallel_linear(
+        z, w2.mT, 1, sorted_ids, sorted_order, ends, grouped_in=True, grouped_out=False
+    )
+    return (y + b2[ids[:, 0]]) * (rank >= 0)
+
+
+def has_scattermoe(size, dtype, device, options):
+    return device == "cuda" and peers.has("scattermoe")
+
+
+PEERS = {
+    "every expert": Peer(every_expert),
+    "loop": Peer(loop),
+    "sorted loop": Peer(sorted_loop),
+    "scattermoe": Peer(scattermoe, has_scattermoe),
+}
+
+
+def test_expert_mlp(measure):
+    measure()

@@ -1,0 +1,79 @@
+"""unpermute: rows back to their tokens, choices combined."""
+
+from __future__ import annotations
+
+import dashpot
+import pytest
+import torch
+from dashpot.experts.unpermute import UNPERMUTE
+
+
+def plan_on(device, ids, **kwargs):
+    with dashpot.backend("reference"):
+        return dashpot.DispatchPlan(
+            *(t.to(device) for t in dashpot.dispatch_plan(ids, 4, **kwargs))
+        )
+
+
+@pytest.mark.parametrize("align", [1, 8])
+def test_undoes_permute_k_times(backend, spec_ids, align):
+    plan = plan_on(backend.device, spec_ids, align=align)
+    x = torch.randn(6, 5, device=backend.device)
+    with dashpot.backend(backend.and_others):
+        back = dashpot.unpermute(dashpot.permute(x, plan), plan)
+    torch.testing.assert_close(back, 2 * x)
+
+
+def test_weights_and_dropped_choices(backend, spec_ids):
+    """A dropped choice adds 0, and neither its weight nor padding is read."""
+    plan = plan_on(backend.device, spec_ids, capacity=3)
+    h = torch.randn(12, 3, device=backend.device)
+    h[9:] = torch.nan
+    weights = torch.rand(6, 2, device=backend.device)
+    weights[plan.rank < 0] = torch.nan
+    y = dashpot.unpermute(h, plan, weights)
+    for t, slots in enumerate(plan.rank.tolist()):
+        want = sum((weights[t, j] * h[s] for j, s in enumerate(slots) if s >= 0), 0 * h[0])
+        torch.testing.assert_close(y[t], want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_in_float32_with_float32_weights(backend, dtype):
+    """256 + 1 - 256: a 16-bit sum would lose the 1."""
+    device = backend.device
+    h = torch.tensor([[256.0], [1.0], [256.0]], dtype=dtype, device=device)
+    plan = plan_on(device, torch.tensor([[0, 1, 2]]))
+    weights = torch.tensor([[1.0, 1.0, -1.0]], device=device, requires_grad=True)
+    y = dashpot.unpermute(h, plan, weights)
+    assert y.item() == 1 and y.dtype == dtype
+    y.backward()
+    assert weights.grad.dtype == torch.float32 and weights.grad.tolist() == [[256, 1, 256]]
+
+
+def test_no_choice_kept_is_zero(backend):
+    plan = plan_on(backend.device, torch.full((3, 1), -1))
+    y = dashpot.unpermute(torch.full((3, 4), torch.nan, device=backend.device), plan)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
+@pytest.mark.backends("native")
+def test_offsets_beyond_32_bits(backend, lazy):
+    slots, d = (1 << 15) + 2, 1 << 16
+    h = lazy(slots, d, device=backend.device)
+    h[-1, -1] = 5
+    rank = torch.tensor([[slots - 1, 0], [-1, slots - 1]], dtype=torch.int32, device=backend.device)
+    order = torch.full((slots,), -1, dtype=torch.int32, device=backend.device)
+    y = UNPERMUTE(h, order, rank, None)
+    assert y[0, -1] == 5 and y[1, -1] == 5 and y.double().sum() == 10
+
+
+@pytest.mark.parametrize(
+    ("h", "weights", "error", "message"),
+    [(torch.ones(11, 2), None, ValueError, r"h: expected \(R, d\) with 12 rows, got \(11, 2\)"),
+     (torch.ones(12, 2), torch.ones(6, 1), ValueError, r"weights: expected \(6, 2\), got \(6, 1\)"),
+     (torch.ones(12, 2), torch.ones(6, 2).double(), TypeError, "weights: expected torch.float32"),
+     (torch.ones(12, 2), [[1, 1]] * 6, TypeError, "weights: expected a torch.Tensor, got list")],
+)  # fmt: skip
+def test_errors(spec_ids, h, weights, error, message):
+    with pytest.raises(error, match=message):
+        dashpot.unpermute(h, plan_on("cpu", spec_ids), weights)
