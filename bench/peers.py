@@ -46,6 +46,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in ABSENT:
             return None
+        parent = sys.modules.get(name.rpartition(".")[0])
+        if parent is not None and not isinstance(parent, _Empty):
+            return None  # an installed package that looks for something it may not have
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):
