@@ -4,4 +4,4 @@ from dashpot import aggregate, experts
 from dashpot.aggregate import *  # noqa: F403
 from dashpot.experts import *  # noqa: F403
 
-__all__ = [*aggregate.__all__, *experts.__all__]
+__all__ = [*aggregate.__all__, *(n for n in experts.__all__ if n not in experts.TOOLS)]

@@ -97,6 +97,9 @@ def restore(model: nn.Module, *, expert: int | None = None) -> None:
         expert: None gives each block the weights it had when it was converted; a number those of
             that expert, as they are now (a dense model of one expert).
 
+    Returns:
+        None; the model is changed in place.
+
     Raises:
         ValueError: nothing in the model was converted, there is no such expert, or the experts
             are split over ranks (`shard_experts`).

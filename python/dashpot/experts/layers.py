@@ -270,6 +270,10 @@ class StochasticExperts(ExpertStack):
         Raises:
             ValueError: keys missing or left over (more experts than E), or another shape.
         """
+        if self.exchange is not None:
+            raise ValueError(
+                "load_thor_state_dict: expected all experts here, call shard_experts after"
+            )
         if self.gated or self.b1 is None:
             raise ValueError("load_thor_state_dict: expected a layer with biases and no gate")
         wanted = {
@@ -292,28 +296,6 @@ class StochasticExperts(ExpertStack):
         with torch.no_grad():
             for key, target in wanted.items():
                 target.copy_(state[key])
-
-
-def advance(model: nn.Module, by: int = PASSES) -> None:
-    """Add `by` to the counter of every `StochasticExperts` in the model, in place on its device.
-
-    Once a step, after the backward (a layer that is recomputed must find the offset it had).
-
-    Args:
-        model: any module that holds such layers.
-        by: how far; 2, so that the passes of two steps never share an offset.
-
-    Raises:
-        ValueError: a layer has no counter (made without ``offset=``), or there is no such layer.
-    """
-    layers = [m for m in model.modules() if isinstance(m, StochasticExperts)]
-    if not layers or any(layer.offset is None for layer in layers):
-        raise ValueError(
-            "model: expected StochasticExperts made with a counter (offset=0), got "
-            + ("one without" if layers else "none")
-        )
-    for layer in layers:
-        layer.offset.add_(by)
 
 
 class TopKExperts(ExpertStack):
@@ -410,34 +392,3 @@ class SwitchExperts(TopKExperts):
     def __init__(self, d: int, hidden: int, E: int, *, capacity_factor: float | None = 1.25,
                  **options):  # fmt: skip
         super().__init__(d, hidden, E, 1, capacity_factor=capacity_factor, **options)
-
-
-def auxiliary_loss(model: nn.Module) -> Tensor:
-    """The sum of `aux_loss` over the layers of a model, taken from them: once per training call.
-
-    Args:
-        model: any module that holds `TopKExperts`.
-
-    Returns:
-        0-d float32, with the gradient of the routers.
-
-    Raises:
-        ValueError: the model has no such layer.
-        RuntimeError: a layer was not called in training since the last time, or was called without
-            gradients (re-entrant checkpointing).
-    """
-    layers = [m for m in model.modules() if isinstance(m, TopKExperts)]
-    if not layers:
-        raise ValueError("model: expected a module that holds TopKExperts, got none")
-    losses = []
-    for layer in layers:
-        loss, layer.aux_loss = layer.aux_loss, None
-        if loss is None:
-            raise RuntimeError("auxiliary_loss: a layer was not called in training mode before")
-        if torch.is_grad_enabled() and layer.router.weight.requires_grad and not loss.requires_grad:
-            raise RuntimeError(
-                "auxiliary_loss: the router was run without gradients; "
-                "activation checkpointing needs use_reentrant=False"
-            )
-        losses.append(loss)
-    return sum(losses[1:], losses[0])
