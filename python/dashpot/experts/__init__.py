@@ -26,7 +26,7 @@ from dashpot.experts.convert import convert, restore
 from dashpot.experts.dispatch_plan import DISPATCH_PLAN, dispatch_plan
 from dashpot.experts.expert_mlp import EXPERT_MLP, expert_mlp
 from dashpot.experts.grouped_linear import GROUPED_LINEAR, grouped_linear
-from dashpot.experts.layers import StochasticExperts, SwitchExperts, TopKExperts
+from dashpot.experts.learned import SwitchExperts, TopKExperts
 from dashpot.experts.load_balancing_loss import LOAD_BALANCING_LOSS, load_balancing_loss
 from dashpot.experts.parallel import shard_experts
 from dashpot.experts.permute import PERMUTE, permute
@@ -34,6 +34,7 @@ from dashpot.experts.random_plan import RANDOM_PLAN, random_plan
 from dashpot.experts.route_balanced import ROUTE_BALANCED, route_balanced
 from dashpot.experts.route_random import ROUTE_RANDOM, route_random
 from dashpot.experts.router_z_loss import ROUTER_Z_LOSS, router_z_loss
+from dashpot.experts.stochastic import StochasticExperts
 from dashpot.experts.topk_gate import TOPK_GATE, topk_gate
 from dashpot.experts.training import TwoPasses, advance, auxiliary_loss, two_pass_loss
 from dashpot.experts.unpermute import UNPERMUTE, unpermute

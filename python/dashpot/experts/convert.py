@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dashpot.experts._blocks import Block, find, matrix_of
 from dashpot.experts._plan import check_int
 from dashpot.experts._stack import ExpertStack
-from dashpot.experts.layers import StochasticExperts
+from dashpot.experts.stochastic import StochasticExperts
 
 Layers = Literal["alternate", "all"] | Iterable[int] | Callable[[int, str, nn.Module], bool]
 TAKEN_FROM_BLOCK = ("activation", "gated", "bias", "dropout", "batch_dim", "device", "dtype")

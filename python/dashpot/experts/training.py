@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dashpot.experts.consistency_loss import consistency_loss
-from dashpot.experts.layers import PASSES, StochasticExperts, TopKExperts
+from dashpot.experts.learned import TopKExperts
+from dashpot.experts.stochastic import PASSES, StochasticExperts
 
 
 class TwoPasses(NamedTuple):
