@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
@@ -123,6 +124,13 @@ def test_routes_of_a_learned_router_are_float32_under_autocast():
         logits = layer._logits(x)
     assert logits.dtype == torch.float32
     assert torch.equal(logits, layer.router(x))
+
+
+def test_a_layer_can_be_copied_after_a_call():
+    layer, x = TopKExperts(D, H, E), torch.randn(5, D)
+    y = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    assert auxiliary_loss(layer).requires_grad
 
 
 def test_losses_of_no_tokens():

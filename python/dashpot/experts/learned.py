@@ -70,6 +70,10 @@ class TopKExperts(ExpertStack):
         super().reset_parameters()
         self.router.reset_parameters()
 
+    def __getstate__(self) -> dict:
+        """Copies and pickles hold no loss: it is a part of a graph."""
+        return {**super().__getstate__(), "aux_loss": None}
+
     def extra_repr(self) -> str:
         factor = self.capacity_factor
         return f"{super().extra_repr()}, k={self.k}" + (
