@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -107,3 +109,20 @@ def test_a_step_of_a_converted_model_makes_passes_agree():
         optimizer.step()
         gaps.append((first.softmax(-1) - second.softmax(-1)).abs().sum(-1).mean().item())
     assert 0 < sum(gaps[-10:]) < 0.5 * sum(gaps[:10])
+
+
+def test_the_comparison_on_digits_runs(capsys, tmp_path):
+    """bench/models/stochastic_experts.py, a few steps of it: every contender, and repeatable."""
+    from bench.models import stochastic_experts
+
+    files = [tmp_path / name for name in ("first", "second")]
+    for file in files:
+        options = ["--seeds", "1", "--steps", "2", "--json", str(file)]
+        stochastic_experts.main(options)
+    results = [json.loads(file.read_text()) for file in files]
+    assert set(results[0]) == set(stochastic_experts.CONTENDERS)
+    for first, second in zip(*(itertools.chain(*r.values()) for r in results), strict=True):
+        assert {k: v for k, v in first.items() if k != "seconds"}.items() <= second.items()
+        assert 0 < first["accuracy"] < 100
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in stochastic_experts.CONTENDERS)
