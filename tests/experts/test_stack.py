@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dashpot.experts import StochasticExperts, SwitchExperts, TopKExperts
+from dashpot.experts import StochasticExperts, SwitchExperts, TopKExperts, advance
 from torch import nn
 
 D, H, E = 6, 10, 4
@@ -136,3 +136,45 @@ def test_gradient_of_an_unused_expert_is_zero():
     used = layer.routes(x)[0].item()
     for p in layer.parameters():
         assert p.grad[used].any() and not p.grad[torch.arange(E) != used].any()
+
+
+# --------------------------------------------------------------------------------------------
+# On a GPU (`make gpu`): no wait for the device, and a captured graph that advances the counter
+
+if torch.cuda.is_available():
+
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_no_host_synchronisation(level):
+        x = torch.randn(8, 5, D, device="cuda")
+        layers = [
+            StochasticExperts(D, H, E, level, device="cuda"),
+            StochasticExperts(D, H, E, level, offset=0, distinct_passes=True, device="cuda"),
+            TopKExperts(D, H, E, device="cuda"),
+            SwitchExperts(D, H, E, device="cuda"),
+        ]
+        for layer in layers:
+            layer(x).sum().backward()  # compiles, loads
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for layer in layers:
+                layer(x).sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("level", LEVELS)
+    def test_a_captured_graph_advances_the_counter(level):
+        layer = StochasticExperts(D, H, E, level, offset=0, device="cuda")
+        x = torch.randn(8, 5, D, device="cuda")
+        with torch.no_grad():
+            layer(x)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = layer(x)
+                advance(layer)
+            seen = set()
+            for step in range(8):
+                want = layer(x, offset=2 * step)
+                graph.replay()
+                assert torch.equal(y, want) and layer.offset == 2 * (step + 1)
+                seen.add(tuple(layer.routes(x, offset=2 * step).flatten().tolist()))
+        assert len(seen) > 1
