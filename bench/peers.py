@@ -22,6 +22,9 @@ ABSENT = (
     "pytorch_lightning", "regex", "safetensors", "seaborn", "timm", "torchmetrics", "torchvision",
 )  # fmt: skip
 
+# What peers can do without, and what would ask for those, find them, and remember the answer.
+HIDDEN = "transformers"
+
 
 class _Anything(type):
     """A class any name of which is again one of these; called, it gives an object without content,
@@ -46,6 +49,9 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in ABSENT:
             return None
+        parent = sys.modules.get(name.rpartition(".")[0])
+        if parent is not None and not isinstance(parent, _Empty):
+            return None  # an installed package that looks for something it may not have
         return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):
@@ -65,10 +71,16 @@ def load(name: str) -> types.ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     finder = _Finder()
+    hidden = {key: m for key, m in sys.modules.items() if key.partition(".")[0] == HIDDEN}
+    for key in hidden:
+        del sys.modules[key]
+    sys.modules[HIDDEN] = None  # an ImportError
     sys.meta_path.append(finder)  # last: what is installed is found before
     try:
         return importlib.import_module(name)
     finally:
         sys.meta_path.remove(finder)
+        del sys.modules[HIDDEN]
+        sys.modules.update(hidden)
         for one in [one for one, module in sys.modules.items() if isinstance(module, _Empty)]:
             del sys.modules[one]

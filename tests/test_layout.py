@@ -78,10 +78,27 @@ def test_module_has_a_test(module):
 
 @pytest.mark.parametrize("level", ["tests", "bench"])
 def test_files_of_a_room_are_named_after_ops(level):
+    """Or, where a family has files of Modules or helpers too, tests after those."""
     prefix = {"tests": "test_", "bench": "bench_"}[level]
     for family in FAMILIES:
         named = {path.stem for path in (ROOT / level / family).glob(f"{prefix}*.py")}
-        assert named == {f"{prefix}{op.name}" for op in REGISTRY.values() if op.family == family}
+        ops = {f"{prefix}{op.name}" for op in REGISTRY.values() if op.family == family}
+        files = {f"{prefix}{name.lstrip('_')}" for name in files_of(family)}
+        assert ops <= named <= (ops | files if level == "tests" else ops)
+
+
+def files_of(family: str) -> set[str]:
+    """The files of a family that is a folder."""
+    return {path.stem for path in (ROOT / "python/dashpot" / family).glob("*.py")} - {"__init__"}
+
+
+@pytest.mark.parametrize(
+    ("family", "file"),
+    [(family, file) for family in sorted(FAMILIES) for file in sorted(files_of(family))
+     if file[0] != "_" and file not in REGISTRY],
+)  # fmt: skip
+def test_file_beside_the_ops_has_a_test(family, file):
+    assert (ROOT / "tests" / family / f"test_{file}.py").is_file()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=label)

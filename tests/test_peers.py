@@ -30,6 +30,16 @@ def test_a_peer_loads_and_leaves_no_stand_in(module, name):
     assert not [one for one in sys.modules.values() if isinstance(one, peers._Empty)]
 
 
+def test_a_library_that_remembers_what_is_installed_sees_no_stand_in():
+    """open_clip imports transformers where it finds it."""
+    peers.load("open_clip.loss")
+    import transformers.utils
+
+    for name in ("torchvision", "timm"):
+        available = getattr(transformers.utils, f"is_{name}_available")
+        assert available() == peers.has(name)
+
+
 def test_a_peer_computes():
     rows = torch.tensor([[1.0, 5.0], [2.0, 4.0], [9.0, 3.0]])
     assert peers.load("byzfl").Median()(rows).tolist() == [2.0, 4.0]

@@ -6,4 +6,10 @@ from dashpot.contrastive import *  # noqa: F403
 from dashpot.experts import *  # noqa: F403
 from dashpot.spectral import *  # noqa: F403
 
-__all__ = [*aggregate.__all__, *contrastive.__all__, *experts.__all__, *spectral.__all__]
+# Without what a family has beside its ops and their Modules: tools that change whole models.
+__all__ = [
+    name
+    for family in (aggregate, contrastive, experts, spectral)
+    for name in family.__all__
+    if name not in getattr(family, "TOOLS", ())
+]
