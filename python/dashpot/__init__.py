@@ -5,14 +5,22 @@ import importlib.util as _util
 # torch comes first: its OpenMP runtime is the one that dashpot._C links.
 import torch as _torch  # noqa: F401
 
-from dashpot import aggregate, functional
+from dashpot import aggregate, functional, transport
 from dashpot._backends import backend
 from dashpot._dispatch import REGISTRY
 from dashpot._explain import explain
 from dashpot.functional import *  # noqa: F403
 
 __version__ = "0.1.0"
-__all__ = ["REGISTRY", "aggregate", "backend", "explain", "functional", *functional.__all__]
+__all__ = [
+    "REGISTRY",
+    "aggregate",
+    "backend",
+    "explain",
+    "functional",
+    "transport",
+    *functional.__all__,
+]
 
 
 def _say_if_uncompiled() -> None:
