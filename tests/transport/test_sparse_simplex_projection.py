@@ -101,7 +101,7 @@ def test_errors():
         dashpot.sparse_simplex_projection([1.0], 1)
     with pytest.raises(TypeError, match=r"input: .*float64.*got torch.int64"):
         dashpot.sparse_simplex_projection(torch.arange(3), 1)
-    with pytest.raises(ValueError, match="input: .*at least one axis"):
+    with pytest.raises(ValueError, match=r"input: .*at least one axis"):
         dashpot.sparse_simplex_projection(torch.tensor(1.0), 1)
     with pytest.raises(ValueError, match=r"input: .*at least one entry.*\(3, 0\)"):
         dashpot.sparse_simplex_projection(u[:, :0], 1)
@@ -113,7 +113,7 @@ def test_errors():
         dashpot.sparse_simplex_projection(u, 2, -1.0)
     with pytest.raises(ValueError, match=r"total: expected \(3,\).*got \(4,\)"):
         dashpot.sparse_simplex_projection(u, 2, torch.ones(4))
-    with pytest.raises(TypeError, match="total: .*got str"):
+    with pytest.raises(TypeError, match=r"total: .*got str"):
         dashpot.sparse_simplex_projection(u, 2, "1")
     with pytest.raises(ValueError, match="dim: expected an axis"):
         dashpot.sparse_simplex_projection(u, 2, dim=2)

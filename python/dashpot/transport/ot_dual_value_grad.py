@@ -85,9 +85,11 @@ def ot_dual_value_grad(
     largest entries of a column for "sparse"), or :math:`e^{s/\gamma - 1}` for "negentropy".
 
     Args:
-        alpha: (..., m), beta: (..., n) potentials.
+        alpha: (..., m) potentials of the rows.
+        beta: (..., n) potentials of the columns.
         cost: (..., m, n) float64, float32, bfloat16, float16; +inf forbids a pair. Read once.
-        a, b: (..., m), (..., n) row and column masses; None: uniform, sum 1.
+        a: (..., m) row masses; None: uniform, sum 1.
+        b: (..., n) column masses; None: uniform, sum 1.
         reg, gamma, max_nz: as in `ot_semidual_value_grad`.
 
     Returns:

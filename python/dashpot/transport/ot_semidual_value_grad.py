@@ -95,7 +95,8 @@ def ot_semidual_value_grad(
     Args:
         alpha: (..., m) potentials.
         cost: (..., m, n) float64, float32, bfloat16, float16; +inf forbids a pair. Read once.
-        a: (..., m) row masses; None: uniform, sum 1. b: (..., n) column masses, likewise.
+        a: (..., m) row masses; None: uniform, sum 1.
+        b: (..., n) column masses; None: uniform, sum 1.
         reg: "negentropy" :math:`\gamma\sum t\log t`; "l2" :math:`\frac\gamma2\|t\|^2`; "sparse":
             l2 with at most `max_nz` nonzeros per column.
         gamma: strength of the regulariser, > 0.

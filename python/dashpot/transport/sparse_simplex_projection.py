@@ -99,7 +99,7 @@ def sparse_simplex_projection(
     Args:
         input: (..., n, ...) float64, float32, bfloat16, float16.
         max_nz: k, at least 1; more than n means no bound (the plain projection).
-        total: the sum, a number or a tensor with the shape of `input` without `dim`; at least 0.
+        total: the sum, at least 0: a number, or a tensor (...), the shape of `input` without `dim`.
         dim: the axis that is projected.
 
     Returns:
