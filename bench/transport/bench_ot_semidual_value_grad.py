@@ -1,5 +1,5 @@
 """ot_semidual_value_grad: one evaluation, against plain PyTorch (topk, cumsum, scatter) and POT's.
-Sizes (batch, m, n, k) are the specification's table; without k: l2 and negative entropy. The floor
+Sizes (batch, k, m, n) are the specification's table; without k: l2 and negative entropy. The floor
 is one read of the cost.
 """
 
@@ -11,16 +11,16 @@ from bench import peers
 OP = "ot_semidual_value_grad"
 SIZES = {
     torch.float32: [
-        (1, 64, 64, 2), (1, 64, 64, 8), (1, 512, 512, 8), (1, 1024, 32, 32), (1, 1024, 32, 48),
-        (1, 2048, 2048, 2), (64, 256, 16, 32), (1, 512, 512, 0, "l2"),
+        (1, 2, 64, 64), (1, 8, 64, 64), (1, 8, 512, 512), (1, 32, 1024, 32), (1, 48, 1024, 32),
+        (1, 2, 2048, 2048), (64, 32, 256, 16), (1, "l2", 512, 512),
     ],
-    torch.float64: [(1, 512, 512, 8)],
-    torch.bfloat16: [(1, 2048, 2048, 2)],
+    torch.float64: [(1, 8, 512, 512)],
+    torch.bfloat16: [(1, 2, 2048, 2048)],
 }  # fmt: skip
 
 
 def torch_topk(alpha, cost, a, b, reg, gamma, k):
-    """As a user would write it; topk is k-sized, so l2 sorts."""
+    """As a user would write it."""
     s = alpha[:, :, None] - cost  # (B, m, n)
     top, rows = s.topk(k, dim=1)  # (B, k, n)
     ranks = torch.arange(1, k + 1, device=s.device, dtype=s.dtype)[:, None]
@@ -45,11 +45,11 @@ def pot(alpha, cost, a, b, reg, gamma, k):
 
 
 def one_problem(size, dtype, device, options):
-    """POT divides by b, is silent about nothing it prints, and takes k < m of one problem."""
-    return size[0] == 1 and len(size) == 4 and size[3] < size[1] and device == "cpu"
+    """What POT takes: one problem, k < m, masses and costs that are positive and finite."""
+    return size[0] == 1 and size[1] != size[2] and isinstance(size[1], int) and device == "cpu"
 
 
-PEERS = {"torch topk": Peer(torch_topk, lambda size, dtype, device, options: len(size) == 4)}
+PEERS = {"torch topk": Peer(torch_topk, lambda size, dtype, device, options: size[1] != "l2")}
 if peers.has("ot.smooth"):
     PEERS["POT"] = Peer(pot, one_problem)
 

@@ -9,8 +9,8 @@ from bench import peers
 
 OP = "sparse_simplex_projection"
 SIZES = {
-    torch.float32: [(4096, 64, 2), (2048, 2048, 2), (2048, 2048, 64), (2048, 2048, 2048)],
-    torch.bfloat16: [(2048, 2048, 64)],
+    torch.float32: [(2, 4096, 64), (2, 2048, 2048), (64, 2048, 2048), (2048, 2048, 2048)],
+    torch.bfloat16: [(64, 2048, 2048)],
 }
 
 
@@ -32,7 +32,7 @@ def pot(input, total, k):
 
 
 def on_the_cpu(size, dtype, device, options):
-    return device == "cpu" and size[2] < size[1]
+    return device == "cpu" and size[0] < size[2]
 
 
 PEERS = {"torch topk": Peer(torch_topk)}

@@ -106,20 +106,22 @@ def top_sorted(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values[..., :k, :], indices[..., :k, :]
 
 
-def random_problem(size, dtype, device, seed, total: float = 1.0):
-    """cost (B, m, n) with a forbidden pair where it is large enough, a (B, m), b (B, n), alpha,
-    beta: not uniform, one entry of b zero."""
-    batch, m, n = size[:3]
+def random_problem(size, dtype, device, seed):
+    """size (B, k or a regulariser's name, m, n) -> cost (B, m, n), a (B, m), b (B, n) not uniform,
+    alpha, beta; reg, k. In batches of large enough problems a pair is forbidden and a column has
+    no mass (a peer that is timed on single problems takes neither)."""
+    batch, k, m, n = size
+    reg, k = (k, m) if isinstance(k, str) else ("sparse", min(k, m))
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.randn(batch, count, 2, generator=generator) for count in (m, n))
     cost = torch.cdist(x, y + 0.5).square()  # (B, m, n)
-    if m > 2 and n > 2:
+    if batch > 1 and m > 2 and n > 2:
         cost[:, 1, 2] = math.inf
     a, b = (torch.rand(batch, count, generator=generator) + 0.2 for count in (m, n))
-    if n > 3:
+    if batch > 1 and n > 3:
         b[:, 3] = 0
     alpha, beta = (torch.randn(batch, count, generator=generator) for count in (m, n))
     cost = cost.to(device, dtype)
     state = state_dtype(cost)
-    a, b = (total * x / x.sum(-1, keepdim=True) for x in (a, b))
-    return (cost, *(x.to(device, state) for x in (a, b, alpha, beta)))
+    a, b = (x / x.sum(-1, keepdim=True) for x in (a, b))
+    return (cost, *(x.to(device, state) for x in (a, b, alpha, beta)), reg, k)

@@ -39,10 +39,8 @@ def _ot_dual_value_grad_fake(alpha, beta, *_):
 
 
 def _ot_dual_value_grad_inputs(size, dtype, device, seed):
-    cost, a, b, alpha, beta = random_problem(size, dtype, device, seed)
-    reg = size[4] if len(size) > 4 else "sparse"
-    m = cost.shape[1]
-    return alpha, beta, cost, a, b, reg, 0.5, min(size[3], m) if reg == "sparse" else m
+    cost, a, b, alpha, beta, reg, k = random_problem(size, dtype, device, seed)
+    return alpha, beta, cost, a, b, reg, 0.5, k
 
 
 def _ot_dual_value_grad_floor(alpha, beta, cost, *_):
@@ -58,10 +56,10 @@ OT_DUAL_VALUE_GRAD = declare(
     fake=_ot_dual_value_grad_fake,
     inputs=_ot_dual_value_grad_inputs,
     floor=_ot_dual_value_grad_floor,
-    sizes={"test": [(1, 1, 1, 1), (2, 6, 5, 2), (3, 40, 37, 8), (2, 70, 33, 20),
-                    (1, 300, 50, 1), (2, 40, 37, 0, "l2"), (2, 33, 37, 0, "negentropy")],
-           "bench": [(1, 64, 64, 2), (1, 512, 512, 8), (1, 1024, 32, 48), (1, 2048, 2048, 2),
-                     (64, 256, 16, 32), (1, 512, 512, 0, "l2"), (1, 512, 512, 0, "negentropy")]},
+    sizes={"test": [(1, 1, 1, 1), (2, 2, 6, 5), (3, 8, 40, 37), (2, 20, 70, 33),
+                    (1, 1, 300, 50), (2, "l2", 40, 37), (2, "negentropy", 33, 37)],
+           "bench": [(1, 2, 64, 64), (1, 8, 512, 512), (1, 48, 1024, 32), (1, 2, 2048, 2048),
+                     (64, 32, 256, 16), (1, "l2", 512, 512), (1, "negentropy", 512, 512)]},
 )  # fmt: skip
 
 

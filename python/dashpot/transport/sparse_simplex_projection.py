@@ -55,7 +55,7 @@ def _sparse_simplex_projection_backward(
 
 
 def _sparse_simplex_projection_inputs(size, dtype, device, seed):
-    rows, n, max_nz = size
+    max_nz, rows, n = size
     generator = torch.Generator().manual_seed(seed)
     total = torch.rand(rows, generator=generator) + 0.5
     state = torch.promote_types(dtype, torch.float32)
@@ -80,8 +80,8 @@ SPARSE_SIMPLEX_PROJECTION = declare(
     inputs=_sparse_simplex_projection_inputs,
     floor=_sparse_simplex_projection_floor,
     # one entry; fewer than k; k inside and beyond the registers' lists; rows no multiple of lanes
-    sizes={"test": [(1, 1, 1), (3, 5, 2), (17, 40, 3), (20, 70, 12), (5, 300, 300)],
-           "bench": [(4096, 64, 2), (2048, 2048, 2), (2048, 2048, 64), (2048, 2048, 2048)]},
+    sizes={"test": [(1, 1, 1), (2, 3, 5), (3, 17, 40), (12, 20, 70), (300, 5, 300)],
+           "bench": [(2, 4096, 64), (2, 2048, 2048), (64, 2048, 2048), (2048, 2048, 2048)]},
     public=1,
 )  # fmt: skip
 
