@@ -5,7 +5,7 @@ import importlib.util as _util
 # torch comes first: its OpenMP runtime is the one that dashpot._C links.
 import torch as _torch  # noqa: F401
 
-from dashpot import aggregate, attacks, contrastive, experts, functional, spectral
+from dashpot import aggregate, attacks, contrastive, experts, functional, spectral, transport
 from dashpot._backends import backend
 from dashpot._dispatch import REGISTRY
 from dashpot._explain import explain
@@ -13,8 +13,8 @@ from dashpot.functional import *  # noqa: F403
 
 __version__ = "0.1.0"
 __all__ = [
-    "REGISTRY", "aggregate", "attacks", "backend", "contrastive", "experts", "explain", "functional", "spectral",
-    *functional.__all__,
+    "REGISTRY", "aggregate", "attacks", "backend", "contrastive", "experts", "explain",
+    "functional", "spectral", "transport", *functional.__all__,
 ]  # fmt: skip
 
 

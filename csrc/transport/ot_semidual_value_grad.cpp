@@ -1,0 +1,45 @@
+// ot_semidual_value_grad: alpha (B, m), cost (B, m, n), a (B, m), b (B, n) ->
+// Q (B,), a - T 1 (B, m), beta (B, n); one read of the cost (columns.h).
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common/bind.h"
+#include "transport/evaluate.h"
+
+namespace dashpot::transport {
+namespace {
+
+using Outputs = std::tuple<Tensor, Tensor, Tensor>;
+
+Outputs ot_semidual_value_grad_forward(const Tensor& alpha, const Tensor& cost, const Tensor& a,
+                                       const Tensor& b, const std::string& reg, double gamma,
+                                       int64_t max_nz) {
+  const int64_t batch = cost.size(0), m = cost.size(1), n = cost.size(2);
+  const Options options{m, n, max_nz, gamma, reg_of(reg), false};
+  const Outputs out{alpha.new_empty({batch}, alpha.dtype), alpha.new_empty({batch, m}, alpha.dtype),
+                    alpha.new_empty({batch, n}, alpha.dtype)};
+  const auto& [obj, grad_alpha, beta] = out;
+  const int threads = num_threads();
+  const py::gil_scoped_release release;
+  dispatch_floating(cost.dtype, [&](auto element) {
+    using C = decltype(element);
+    using T = std::conditional_t<std::is_same_v<C, double>, double, float>;
+    evaluate<T, C>(options, batch, alpha.as<T>(), nullptr, cost.as<C>(), a.as<T>(), b.as<T>(),
+                   obj.as<T>(), grad_alpha.as<T>(), beta.as<T>(), threads);
+  });
+  return out;
+}
+
+std::optional<std::string> ot_semidual_value_grad_supports(const py::args& args) {
+  return too_many_rows(py::cast<Tensor>(args[1]));
+}
+
+}  // namespace
+
+DASHPOT_BIND(m) {
+  m.def("ot_semidual_value_grad_forward", &ot_semidual_value_grad_forward);
+  m.def("ot_semidual_value_grad_supports", &ot_semidual_value_grad_supports);
+}
+
+}  // namespace dashpot::transport

@@ -1,0 +1,25 @@
+"""Regularised optimal transport, also with at most k nonzeros per column (family `transport`).
+
+    min over T >= 0, T 1 = a, T^T 1 = b of  <T, C> + sum_j Omega(t_j),   t_j column j of T (m, n)
+
+with Omega the negative entropy, half the squared length, or half the squared length together with
+the bound ||t_j||_0 <= k. Both duals are concave and cost one read of C per evaluation:
+
+    ot_dual_value_grad        alpha (m,), beta (n,): both marginals are met at the maximum
+    ot_semidual_value_grad    alpha (m,): beta is eliminated, column sums are exact always
+    sparse_simplex_projection what a column of the semi-dual's plan is: a k-sparse projection
+"""
+
+from dashpot.transport.ot_dual_value_grad import OT_DUAL_VALUE_GRAD, ot_dual_value_grad
+from dashpot.transport.ot_semidual_value_grad import (
+    OT_SEMIDUAL_VALUE_GRAD,
+    ot_semidual_value_grad,
+)
+from dashpot.transport.sparse_simplex_projection import (
+    SPARSE_SIMPLEX_PROJECTION,
+    sparse_simplex_projection,
+)
+
+__all__ = ["ot_dual_value_grad", "ot_semidual_value_grad", "sparse_simplex_projection"]
+
+OPS = (SPARSE_SIMPLEX_PROJECTION, OT_SEMIDUAL_VALUE_GRAD, OT_DUAL_VALUE_GRAD)

@@ -1,0 +1,127 @@
+"""What the family's ops share: checks of a problem, the columns' selection, inputs for tests."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+REGULARIZERS = ("negentropy", "l2", "sparse")
+
+
+def check_tensor(value, name: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {value.layout}")
+    if value.dtype not in FLOATS:
+        raise TypeError(
+            f"{name}: expected float64, float32, bfloat16 or float16, got {value.dtype}"
+        )
+
+
+def state_dtype(cost: Tensor) -> torch.dtype:
+    """Potentials and marginals are float32; float64 where the cost is."""
+    return torch.float64 if cost.dtype == torch.float64 else torch.float32
+
+
+def check_max_nz(max_nz, length: int, name: str = "max_nz") -> int:
+    """k, at most the length of a column: more means no bound."""
+    if not isinstance(max_nz, int) or isinstance(max_nz, bool):
+        raise TypeError(f"{name}: expected an int, got {type(max_nz).__name__}")
+    if max_nz < 1:
+        raise ValueError(f"{name}: expected at least 1, got {max_nz}")
+    return min(max_nz, length)
+
+
+def check_gamma(gamma) -> float:
+    if not isinstance(gamma, int | float) or isinstance(gamma, bool):
+        raise TypeError(f"gamma: expected a number, got {type(gamma).__name__}")
+    if not 0 < gamma < math.inf:
+        raise ValueError(f"gamma: expected a positive, finite number, got {gamma}")
+    return float(gamma)
+
+
+class Problem(NamedTuple):
+    """A batch of problems after the checks. cost (B, m, n); a (B, m), b (B, n) and the potentials
+    in the state dtype; batch: the caller's leading shape."""
+
+    cost: Tensor
+    a: Tensor
+    b: Tensor
+    potentials: tuple[Tensor, ...]
+    batch: torch.Size
+    gamma: float
+    k: int  # m where the columns are not bounded
+
+
+def as_problem(cost, a, b, reg, gamma, max_nz, **potentials: tuple[Tensor, int]) -> Problem:
+    """potentials: name=(tensor, axis of cost that it belongs to, -2 or -1)."""
+    check_tensor(cost, "cost")
+    if cost.dim() < 2:
+        raise ValueError(f"cost: expected (..., m, n), got {tuple(cost.shape)}")
+    m, n = cost.shape[-2:]
+    if m == 0 or n == 0:
+        raise ValueError(f"cost: expected m and n of at least 1, got {tuple(cost.shape)}")
+    if reg not in REGULARIZERS:
+        raise ValueError(f"reg: expected one of {', '.join(REGULARIZERS)}, got {reg!r}")
+    if reg == "sparse":
+        if max_nz is None:
+            raise ValueError('max_nz: expected an int for reg="sparse", got None')
+        k = check_max_nz(max_nz, m)
+    elif max_nz is not None:
+        raise ValueError(f"max_nz: expected None for reg={reg!r}, got {max_nz}")
+    else:
+        k = m
+    gamma = check_gamma(gamma)
+    batch, dtype = cost.shape[:-2], state_dtype(cost)
+
+    def state(value, name: str, axis: int) -> Tensor:
+        length = cost.shape[axis]
+        if value is None:
+            return cost.new_full((batch.numel(), length), 1 / length, dtype=dtype)
+        check_tensor(value, name)
+        want = (*batch, length)
+        if value.shape != want or value.device != cost.device:
+            raise ValueError(
+                f"{name}: expected {tuple(want)} on {cost.device}, "
+                f"got {tuple(value.shape)} on {value.device}"
+            )
+        return value.reshape(-1, length).to(dtype).contiguous()
+
+    return Problem(
+        cost.reshape(-1, m, n).contiguous(), state(a, "a", -2), state(b, "b", -1),
+        tuple(state(value, name, axis) for name, (value, axis) in potentials.items()),
+        batch, gamma, k,
+    )  # fmt: skip
+
+
+def top_sorted(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each column (B, m, n) -> values and indices (B, k, n), descending; of equal
+    scores the lowest index first."""
+    values, indices = scores.sort(dim=-2, descending=True, stable=True)
+    return values[..., :k, :], indices[..., :k, :]
+
+
+def random_problem(size, dtype, device, seed):
+    """size (B, k or a regulariser's name, m, n) -> cost (B, m, n), a (B, m), b (B, n) not uniform,
+    alpha, beta; reg, k. In batches of large enough problems a pair is forbidden and a column has
+    no mass (a peer that is timed on single problems takes neither)."""
+    batch, k, m, n = size
+    reg, k = (k, m) if isinstance(k, str) else ("sparse", min(k, m))
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randn(batch, count, 2, generator=generator) for count in (m, n))
+    cost = torch.cdist(x, y + 0.5).square()  # (B, m, n)
+    if batch > 1 and m > 2 and n > 2:
+        cost[:, 1, 2] = math.inf
+    a, b = (torch.rand(batch, count, generator=generator) + 0.2 for count in (m, n))
+    if batch > 1 and n > 3:
+        b[:, 3] = 0
+    alpha, beta = (torch.randn(batch, count, generator=generator) for count in (m, n))
+    cost = cost.to(device, dtype)
+    state = state_dtype(cost)
+    a, b = (x / x.sum(-1, keepdim=True) for x in (a, b))
+    return (cost, *(x.to(device, state) for x in (a, b, alpha, beta)), reg, k)
