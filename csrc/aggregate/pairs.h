@@ -59,7 +59,7 @@ struct SquaredDifference {
 
 // Rows R x C of register tiles: 25 of 32 registers on AVX-512, 9 of 16 elsewhere.
 constexpr int tile_rows(Isa isa) { return isa == Isa::kAvx512 ? 5 : 3; }
-inline constexpr int64_t kBlock = 2048;  // coordinates between two float64 additions
+inline constexpr int64_t kMostBlock = 2048;  // coordinates between two float64 additions
 
 // out[r][c] += sum_k f(a[r][k], b[c][k]) over n coordinates; `diagonal`: only r <= c.
 template <Isa isa, class F, class Acc, int R, int C, bool diagonal>
@@ -133,7 +133,7 @@ void pairs(const Rows& rows, const std::vector<int64_t>& live, int threads, doub
   const int64_t element = sizeof(Acc);
   // Up to 16 rows of a full block lie in the L2 cache beside the next; more rows, shorter blocks.
   const int64_t block = std::clamp<int64_t>(
-      (int64_t{128} << 10) / (std::max<int64_t>(p, 1) * element) / 64 * 64, 256, kBlock);
+      (int64_t{128} << 10) / (std::max<int64_t>(p, 1) * element) / 64 * 64, 256, kMostBlock);
   // Enough chunks for any machine's threads, few enough that their partials cost nothing.
   const int64_t chunk = std::max<int64_t>(4 * block, (rows.d / 512 + block - 1) / block * block);
   const std::vector<Chunk> chunks = rows.chunks(chunk);
