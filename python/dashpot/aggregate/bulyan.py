@@ -81,7 +81,8 @@ BULYAN = chain(
     inputs=_bulyan_inputs,
     floor=_bulyan_floor,
     sizes={
-        "test": [(3, 17), (7, 64), (15, 300), (33, 140), ("lists", 7, 33, 1, 700)],
+        # The largest is one tensor: a list has gradients of 0 for the rows that were not chosen.
+        "test": [(3, 17), (7, 64), (15, 300), (33, 140), ("lists", 7, 33, 5, 600)],
         "bench": ROW_SIZES["bench"],
     },
 )
