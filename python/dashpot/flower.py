@@ -2,7 +2,7 @@
 
     strategy = RobustStrategy("multi_krum", rule_options={"f": 1}, fraction_train=0.5)
 
-needs `flwr` 1.20 or newer, ``pip install 'dashpot[flower]'``. Shapes: p replies, S arrays of a
+needs `flwr` 1.21 or newer, ``pip install 'dashpot[flower]'``. Shapes: p replies, S arrays of a
 model.
 """
 
@@ -27,7 +27,7 @@ try:
     from flwr.serverapp.strategy import FedAvg
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"dashpot.flower needs flwr, whose message API came with 1.20 ({error}): "
+        f"dashpot.flower needs flwr, whose message strategies came with 1.21 ({error}): "
         "pip install 'dashpot[flower]'",
         name="flwr",
     ) from error
