@@ -1,5 +1,5 @@
-"""spectral_loss, forward and backward: the paper's loss on batches of gaze windows (rows, samples), and
-pairs of the same; against plain PyTorch, eager and compiled, and the bare transforms."""
+"""spectral_loss, forward and backward: the paper's loss on batches of gaze windows (rows, samples),
+and pairs of the same; against plain PyTorch, eager and compiled, and the bare transforms."""
 
 import torch
 from dashpot._measure import Peer

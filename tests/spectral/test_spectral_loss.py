@@ -144,7 +144,8 @@ def test_magnitudes_beyond_the_range_of_their_squares(loss_of):
         x.requires_grad_()
         loss = loss_of(x, y, kind="magnitude", distance="l1")
         wide = x.detach().double().requires_grad_()
-        want = dashpot.spectral_loss(wide, y.double(), kind="magnitude", distance="l1")
+        with dashpot.backend("reference"):
+            want = dashpot.spectral_loss(wide, y.double(), kind="magnitude", distance="l1")
         torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
         torch.testing.assert_close(
             torch.autograd.grad(loss, x)[0].double(), torch.autograd.grad(want, wide)[0],

@@ -9,8 +9,8 @@ A loss is one number and its gradient is linear in what arrives from above. So t
 gradient while the spectra are in the cache ("slope", one tensor of the signal's size), if one is
 wanted, and the backward is a product. A second derivative runs the reference.
 
-Letters: B examples, C channels, T samples, n length of a transform, F = n//2 + 1 bins, R resolutions
-(in `spectral_loss`: rows that are left after the batch average).
+Letters: B examples, C channels, T samples, n length of a transform, F = n//2 + 1 bins, R
+resolutions (in `spectral_loss`: rows that are left after the batch average).
 """
 
 from dashpot.spectral.focal_frequency_loss import (

@@ -1,4 +1,4 @@
-"""The op `focal_frequency_loss`: images' spectra compared, the hardest frequencies weighted most."""
+"""The op `focal_frequency_loss`: images' spectra compared, large gaps weighted more."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ FOCAL_FREQUENCY_LOSS = declare(
         # odd and prime sides, one pixel, one row, radices 2, 3, 5, fewer and more columns than a
         # group, every option
         # (the first, for gradcheck, has constant weights: no gradient flows through the others)
-        "test": [("mse", 2, 1, 4, 6), ("plain", 2, 1, 4, 8), ("plain", 1, 3, 64, 32), ("plain", 2, 1, 7, 5),
+        "test": [("mse", 2, 1, 4, 6), ("plain", 2, 1, 4, 8), ("plain", 1, 3, 64, 32),
+                 ("plain", 2, 1, 7, 5),
                  ("plain", 2, 1, 1, 1), ("plain", 1, 2, 1, 24), ("square", 2, 2, 30, 16),
                  ("log", 2, 3, 8, 40), ("root", 2, 1, 12, 20), ("patches", 2, 3, 10, 48),
                  ("mse", 1, 2, 9, 10), ("given", 2, 2, 4, 8), ("patches", 1, 1, 34, 6)],
@@ -160,7 +161,8 @@ def focal_frequency_loss(
 ) -> Tensor:
     r"""Distance of images' spectra, weighted by itself: the focal frequency loss.
 
-    .. math:: L = \overline{w P}, \quad P = |F_x - F_y|^2, \quad w = P^{\alpha/2} / \max P^{\alpha/2}
+    .. math:: L = \overline{w P}, \quad P = |F_x - F_y|^2,
+        \quad w = P^{\alpha/2} / \max P^{\alpha/2}
 
     with F the orthonormal 2-D transform of each patch. The weights w (0 where they are 0/0) are
     constants: no gradient flows through them. alpha = 0 is the mean squared error.

@@ -172,7 +172,7 @@ RESOLUTIONS = {  # n_ffts, hop_lengths, win_lengths
     "one": ((20,), (7,), (15,)),
     "prime": ((14, 9), (5, 3), (14, 4)),
 }
-VARIANTS = {  # resolutions, weights, distance, sc_reduction, reduction, channels, own windows, split
+VARIANTS = {  # resolutions, weights, distance, sc, reduction, channels, own windows, split
     "default": ("default", [1.0, 1.0, 0.0], "l1", "batch", "mean", 1, False, False),
     "small": ("small", [1.0, 1.0, 0.0], "l1", "batch", "mean", 1, False, False),
     "l2": ("small", [0.5, 2.0, 1.5], "l2", "example", "mean", 2, True, False),
@@ -231,7 +231,8 @@ MULTI_RESOLUTION_STFT_LOSS = declare(
         # fewer and more frames than a group, more frames than a segment, a last frame cut short,
         # own windows, channels, each reduction, a length no kernel has
         "test": [("small", 2, 30), ("l2", 4, 33), ("each", 4, 150), ("sum", 3, 64), ("log", 1, 120),
-                 ("terms", 2, 50), ("each term", 4, 70), ("prime", 2, 41), ("small", 1, 3000), ("default", 2, 2400)],
+                 ("terms", 2, 50), ("each term", 4, 70), ("prime", 2, 41), ("small", 1, 3000),
+                 ("default", 2, 2400)],
         "bench": [("train default", 4, 65536), ("train default", 16, 65536)],
     },
 )  # fmt: skip
