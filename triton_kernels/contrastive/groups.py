@@ -351,7 +351,7 @@ def hard_pair_indices_forward(
     neg = torch.empty_like(pos)
     if n:
         _hard_pair_indices_kernel[(triton.cdiv(n, ROWS),)](
-            unit(features, True), labels, pos, neg, n, d, M=ROWS, N=COLUMNS, INNER=INNER,
+            unit(features, True), labels, pos, neg, n, d, M=ROWS, N=NARROW, INNER=INNER,
             OFFICIAL=official, PRECISION=precision_of(features, True), num_warps=8,
         )  # fmt: skip
     return pos, neg

@@ -18,7 +18,6 @@ from dashpot.triton_kernels.contrastive.tiles import (
     INNER,
     NARROW,
     ROWS,
-    SLICE,
     add_product,
     precision_of,
     project,
@@ -175,9 +174,9 @@ def tcm_loss_backward(
         grad = torch.empty(a.shape, dtype=torch.float32, device=a.device)
         n, d = a.shape
         if n and d:
-            _tcm_gradient_kernel[(triton.cdiv(n, ROWS), triton.cdiv(d, SLICE))](
+            _tcm_gradient_kernel[(triton.cdiv(n, ROWS), triton.cdiv(d, NARROW))](
                 a, b, a_labels, b_labels, scale, grad, n, b.shape[0], d, shift, margin_pos,
-                margin_neg, M=ROWS, N=NARROW, INNER=INNER, SLICE=SLICE, OWN=offset >= 0,
+                margin_neg, M=ROWS, N=NARROW, INNER=INNER, SLICE=NARROW, OWN=offset >= 0,
                 PRECISION=precision_of(embeddings, normalize), num_warps=8,
             )  # fmt: skip
         return project(grad, rows, normalize)
