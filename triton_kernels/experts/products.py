@@ -295,7 +295,8 @@ def _grouped(
         return out
     experts = w.shape[0]
     # Addresses of rows that are not aligned fill registers, and so do the parts of a float32.
-    most = 128 if a.dtype != torch.float32 and n % 16 == 0 and a.shape[1] % 16 == 0 else 64
+    aligned = n % 16 == 0 and a.shape[1] % 16 == 0
+    most = (128 if aligned else 64) if a.dtype != torch.float32 else 64 if aligned else 32
     bm = min(most, max(16, triton.next_power_of_2(triton.cdiv(slots, experts))))
     bn = min(64 if gated else most, max(16, triton.next_power_of_2(n)))
     strides = (w.stride(0), w.stride(2), w.stride(1)) if transposed else w.stride()
@@ -321,7 +322,8 @@ def _outer(
     slots = (b if gather_a else a).shape[0]
     out = torch.empty((experts, n, m), dtype=a.dtype, device=a.device)
     sums = torch.empty((experts, n), dtype=a.dtype, device=a.device) if bias else None
-    bn, bk = (min(64, max(16, triton.next_power_of_2(size))) for size in (n, m))
+    most = 64 if n % 16 == 0 and m % 16 == 0 else 32  # as above
+    bn, bk = (min(most, max(16, triton.next_power_of_2(size))) for size in (n, m))
     grid = (experts, triton.cdiv(n, bn), max(1, triton.cdiv(m, bk)))
     if n:
         _grouped_outer_kernel[grid](

@@ -58,7 +58,7 @@ ROUTER_SIZES = {
     # one expert; a SIMD width and a tail; blocks of rows and a tail; no token
     "test": [
         (1, 1, 3),
-        (4, 2, 4),
+        (4, 2, 5),
         (5, 5, 33),
         (17, 2, 300),
         (64, 2, 1100),
