@@ -19,15 +19,42 @@ from dashpot.contrastive.momentum import EMA, ParticipantPairSampler, ema_update
 from dashpot.contrastive.nt_xent import NT_XENT, nt_xent
 from dashpot.contrastive.opis import OPIS, OpisCurves, opis
 from dashpot.contrastive.regularized_info_nce import REGULARIZED_INFO_NCE, regularized_info_nce
-from dashpot.contrastive.supcon_loss import MultiViewSupConLoss, SUPCON_LOSS, SupConLoss, supcon_loss
+from dashpot.contrastive.supcon_loss import (
+    SUPCON_LOSS,
+    MultiViewSupConLoss,
+    SupConLoss,
+    supcon_loss,
+)
 from dashpot.contrastive.tcm_loss import TCM_LOSS, TcmStats, ThresholdConsistentMarginLoss, tcm_loss
 
 __all__ = [
-    "ClipLoss", "CoreTuningLoss", "EMA", "InfoNCE", "KoLeo", "MultiViewSupConLoss", "NTXent",
-    "OpisCurves", "ParticipantPairSampler", "RegularizedInfoNCE", "SupConLoss", "TcmStats",
-    "ThresholdConsistentMarginLoss", "core_tuning_loss", "ema_update_", "focal_supcon_loss",
-    "hard_pair_indices", "hard_pair_mixup", "info_nce", "info_nce_queue", "koleo_loss", "nt_xent",
-    "opis", "regularized_info_nce", "ring_info_nce", "supcon_loss", "tcm_loss",
+    "EMA",
+    "ClipLoss",
+    "CoreTuningLoss",
+    "InfoNCE",
+    "KoLeo",
+    "MultiViewSupConLoss",
+    "NTXent",
+    "OpisCurves",
+    "ParticipantPairSampler",
+    "RegularizedInfoNCE",
+    "SupConLoss",
+    "TcmStats",
+    "ThresholdConsistentMarginLoss",
+    "core_tuning_loss",
+    "ema_update_",
+    "focal_supcon_loss",
+    "hard_pair_indices",
+    "hard_pair_mixup",
+    "info_nce",
+    "info_nce_queue",
+    "koleo_loss",
+    "nt_xent",
+    "opis",
+    "regularized_info_nce",
+    "ring_info_nce",
+    "supcon_loss",
+    "tcm_loss",
 ]  # fmt: skip
 
 OPS = (
