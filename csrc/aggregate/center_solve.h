@@ -81,15 +81,12 @@ DASHPOT_HD void geometric_median_solve(const Team& team, const double* d, int q,
       w[i] = weight[i] / (w[i] < o.nu ? o.nu : w[i]);
     }
     team.sync();
-    double sum = 0, change = 0;
+    double sum = 0;
     for (int i = 0; i < q; ++i) sum += w[i];
-    for (int i = 0; i < q; ++i) {
-      const double moved = fabs(w[i] / sum - c[i]);
-      if (moved > change) change = moved;
-    }
+    active = false;
+    for (int i = 0; i < q; ++i) active = active || fabs(w[i] / sum - c[i]) > o.tol * (w[i] / sum);
     team.sync();
     for (int i = team.rank; i < q; i += team.size) c[i] = w[i] / sum;
-    active = change > o.tol;
     team.sync();
   }
   if (!valid) {

@@ -72,9 +72,10 @@ class Op:
     """A declared op; see `declare`. Call it with every argument of its schema, in order."""
 
     def __init__(self, name, forward, reference, inputs, floor, sizes, *, backward,
-                 reference_backward, fake, public, prefer):  # fmt: skip
+                 reference_backward, fake, public, prefer, torch_products):  # fmt: skip
         self.name, self.reference, self.reference_backward = name, reference, reference_backward
         self.inputs, self.floor, self.sizes, self.prefer = inputs, floor, sizes, prefer
+        self.torch_products = torch_products
         self.family = _family(reference)
         self._kernels: dict[str, tuple[Kernel, ...]] = {}
         self._reference = Kernel("reference", self._run_reference, None, None, (), frozenset())
@@ -468,7 +469,8 @@ _differentiable = super(torch.autograd.Function, _Differentiable).apply
 def declare(name: str, *, forward: str, reference: Callable, inputs: Callable, floor: Callable,
             sizes: dict[str, list[tuple]], backward: str | None = None,
             reference_backward: Callable | None = None, fake: Callable | None = None,
-            public: int | None = None, prefer: str | None = None) -> Op:  # fmt: skip
+            public: int | None = None, prefer: str | None = None,
+            torch_products: bool = False) -> Op:  # fmt: skip
     """Declare an op; see CONTRIBUTING.md, "Add an op".
 
     forward, backward: torch schemas without the op's name. The names carry the meaning: an
@@ -485,10 +487,13 @@ def declare(name: str, *, forward: str, reference: Callable, inputs: Callable, f
         compiled graph to one size); otherwise the reference itself serves.
     public: how many of the outputs the caller gets; the others are residuals of the backward.
     prefer: "cuda" where its kernel beats Triton's, with the benchmark named beside it.
+    torch_products: the matrix products are PyTorch's, whose order of summation depends on the
+        number of threads; all other kernels give the same bits for any.
     """
     op = Op(
         name, forward, reference, inputs, floor, sizes, backward=backward, fake=fake,
         reference_backward=reference_backward, public=public, prefer=prefer,
+        torch_products=torch_products,
     )  # fmt: skip
     REGISTRY[name] = op
     return op

@@ -106,3 +106,16 @@ def test_errors(random_rows):
         dashpot.geometric_median(rows, nu=0)
     with pytest.raises(ValueError, match=r"weights: expected \(5,\)"):
         dashpot.geometric_median(rows, weights=torch.ones(5, 1))
+
+
+@pytest.mark.parametrize("size", [1e3, 1e12, 1e15, 1e20])
+def test_bounded_however_loud_the_bad_rows(backend64, random_rows, size):
+    """Three of fifteen, in three directions: the point stays among the honest rows."""
+    rows = random_rows(15, 40, device=backend64.device)
+    honest = rows[:12].mean(0)
+    for i in (12, 13, 14):
+        rows[i] = 0
+        rows[i, i] = size
+    median = dashpot.geometric_median(rows)
+    spread = (rows[:12] - honest).norm(dim=1).max()
+    assert (median - honest).norm() < spread

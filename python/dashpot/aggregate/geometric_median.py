@@ -66,7 +66,7 @@ def geometric_median(
         nu: distances count as at least this, > 0, on the gradients' scale (geom-median: 1e-6;
             byzfl: 0.1, where rows shorter than that give their mean).
         n_iter: most steps (geom-median: 100; byzfl: 3).
-        tol: stop when no coefficient of the combination moves by more; 0 for all steps.
+        tol: stop when no coefficient moves by more than this part of itself; 0 for all steps.
         start: "mean", or "zero" (byzfl).
         weights: (p,) a_i >= 0, sample counts for example; by default 1.
         nonfinite: "drop" leaves out a row with NaN or inf; "raise" raises instead, and reads flags

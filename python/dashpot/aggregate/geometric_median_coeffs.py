@@ -36,8 +36,10 @@ def distances_to(clean: Tensor, c: Tensor) -> Tensor:
 def _geometric_median_coeffs_reference(
     sqdist: Tensor, weights: Tensor | None, nu: float, n_iter: int, tol: float, start: str
 ) -> tuple[Tensor, Tensor]:
-    """c_i <- a_i / max(nu, dist_i), normalised, until no c_i moves by more than tol: c (q,) and the
-    steps taken (). start "last": from the last point, which has no weight of its own."""
+    """c_i <- a_i / max(nu, dist_i), normalised, until no c_i moves by more than tol c_i: c (q,) and
+    the steps taken (). Relative, because the rows may be of any size: a far one moves the point by
+    its length times the change of its small weight. start "last": from the last point, which has
+    no weight of its own."""
     clean, alive = usable_distances(sqdist)  # (q, q), (q,)
     a = torch.ones_like(clean[0]) if weights is None else weights
     valid = ((a >= 0) & torch.isfinite(a) | ~alive[: a.shape[0]]).all()
@@ -56,7 +58,7 @@ def _geometric_median_coeffs_reference(
     for _ in range(n_iter):
         w = a / distances_to(clean, c).clamp(min=nu)
         new = w / w.sum()
-        moves = (new - c).abs().amax() > tol
+        moves = ((new - c).abs() > tol * new).any()
         c = torch.where(active, new, c)
         iters = iters + active
         active = active & moves
@@ -115,7 +117,7 @@ def geometric_median_coeffs(
             read.
         nu: distances count as at least this, > 0.
         n_iter: most steps, at least 0 (the start itself).
-        tol: stop when no coefficient moves by more.
+        tol: stop when no coefficient moves by more than this part of itself.
         start: "mean": the (weighted) mean. "last": the last of the q points, which is none of
             those whose median is sought.
         weights: (q,) float64 a_i >= 0, by default 1; of (q - 1,) with start="last".

@@ -175,6 +175,7 @@ EXPERT_MLP = declare(
     reference=_expert_mlp_reference,
     reference_backward=_expert_mlp_backward,
     fake=_expert_mlp_fake,
+    torch_products=True,
     inputs=_expert_mlp_inputs,
     floor=_expert_mlp_floor,
     public=1,

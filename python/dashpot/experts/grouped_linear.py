@@ -107,6 +107,7 @@ GROUPED_LINEAR = declare(
     reference=_grouped_linear_reference,
     reference_backward=_grouped_linear_backward,
     fake=_grouped_linear_fake,
+    torch_products=True,
     inputs=_grouped_linear_inputs,
     floor=_grouped_linear_floor,
     # one row; one expert; no bias; tiles of the kernels and tails in every direction; more experts
