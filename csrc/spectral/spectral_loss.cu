@@ -110,7 +110,7 @@ __device__ __forceinline__ float compare(const Shape& s, float slope, float2& x,
 }
 
 template <class In>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     spectral_pairs_kernel(const __grid_constant__ Shape shape, const In* x, const In* y,
                           float* slope_x, float* slope_y, const float* weight, bool onesided,
                           float share, float* losses) {
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads)
 // Grid: (groups, channels). With factors: slopes of a group's rows; else partial sums of their
 // levels, sums (channels, groups, F).
 template <class In>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     spectral_batch_kernel(const __grid_constant__ Shape shape, const In* from, int64_t batch,
                           float* sums, const float* factors, float* slope) {
   DASHPOT_DYNAMIC_SHARED(float2, shared);
