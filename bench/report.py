@@ -196,14 +196,15 @@ def kernels() -> dict[str, set[str]]:
 def ops_table(family: str) -> str:
     """The family's public ops: what they compute, their backends, their gradient."""
     places, lines = kernels(), []
-    for name, op in REGISTRY.items():
+    for name, op in sorted(REGISTRY.items()):
         function = getattr(dashpot.functional, name, None)
         if op.family != family or function is None:
             continue
         parts = op.ops if isinstance(op, Chain) else (op,)
         served = [sum(part.name in ops for part in parts) for ops in places.values()]
         cells = ["yes" if n == len(parts) else "in parts" if n else "-" for n in served]
-        what = inspect.getdoc(function).partition("\n")[0].removesuffix(".").replace("|", "\\|")
+        what = " ".join(inspect.getdoc(function).partition("\n\n")[0].split())
+        what = re.split(r"[.:] ", what)[0].removesuffix(".").replace("|", "\\|")
         what = re.sub(r":math:`([^`]*)`", r"$\1$", what)
         lines.append((f"`{name}`", what, *cells, "yes" if op.differentiable else "-"))
     if not lines:

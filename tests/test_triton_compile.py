@@ -112,7 +112,7 @@ def both_passes(op, launcher, args) -> None:
         return
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     grads = [torch.ones_like(output) for output in outputs]
-    needs = [[True] * len(op._slots)]
+    needs = [[args[i] is not None for i in op._slots]]
     source = {"arg": args, "out": outputs, "grad": grads, "needs": needs}
     launcher.backward(*[source[kind][i] for kind, i in op._plan.takes])
 

@@ -8,16 +8,18 @@ from bench import peers
 
 OP = "supcon_loss"
 SIZES = {torch.float32: [(256, 128), (768, 128), (2048, 128)]}
+OPTIONS = [{"normalize": True}]  # pytorch-metric-learning always does
 GRADIENT = (0,)
 TEMPERATURE = 0.07
 
 
-def metric_learning(z, labels):
+def metric_learning(z, labels, normalize):
     return peers.load("pytorch_metric_learning.losses").SupConLoss(TEMPERATURE)(z, labels)
 
 
-def published(z, labels):
+def published(z, labels, normalize):
     """The matrix of log-probabilities and a mask, the mean over rows with a positive."""
+    z = torch.nn.functional.normalize(z)
     off = 1 - torch.eye(len(z), dtype=z.dtype, device=z.device)
     mask = torch.eq(labels[:, None], labels[None, :]).to(z.dtype) * off
     logits = z @ z.mT / TEMPERATURE

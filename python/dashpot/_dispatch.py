@@ -328,7 +328,10 @@ class Op:
         out = self._run_reference(*forward)
         out = out if isinstance(out, tuple) else (out,)
         recorded = [i for i in grads if out[i].requires_grad]
-        wanted = [i for i in self._plan.gives if needs[self._slots.index(i)]]
+        wanted = [
+            i for i in self._plan.gives
+            if (needs[self._slots.index(i)] if needs else forward[i].requires_grad)
+        ]  # fmt: skip
         found = torch.autograd.grad(
             [out[i] for i in recorded], [forward[i] for i in wanted],
             [grads[i] for i in recorded], create_graph=True, allow_unused=True,

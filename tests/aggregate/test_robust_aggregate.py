@@ -1,4 +1,4 @@
-"""robust_aggregate: every rule behind one interface, pre-stages, and byzfl's names."""
+"""robust_aggregate: every rule behind one interface, and pre-stages."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import dashpot
 import numpy as np
 import pytest
 import torch
-from dashpot.aggregate import byzfl as names
 from dashpot.aggregate._rows import as_rows
 from dashpot.aggregate._rules import RULES, make_rule
 from hypothesis import given
 from hypothesis import strategies as st
-
-from bench import peers
 
 F2 = {"f": 2}
 OPTIONS = {  # each rule, for 11 workers
@@ -95,18 +92,6 @@ def test_stages_are_folded(backend64, random_rows, name, stages):
     )
     want = dashpot.robust_aggregate(formed(rows, STAGES[stages]), name, **OPTIONS[name])
     torch.testing.assert_close(update.cpu(), want, rtol=1e-7, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", ["multi_krum", "flag", "trimmed_mean"])
-def test_buckets(backend64, random_rows, name):
-    """The matrix of the same generator, and 6 rows where 11 were."""
-    rows = random_rows(11, 30, device=backend64.device)
-    options = {"m": 3} if name == "flag" else {"f": 1}
-    mixing = dashpot.bucketing(rows, 2, torch.Generator().manual_seed(5))
-    stage = dashpot.Bucketing(2, torch.Generator().manual_seed(5))
-    update = dashpot.robust_aggregate(rows, name, pre=[stage], **options)
-    want = dashpot.robust_aggregate(mixing @ rows, name, **options)
-    torch.testing.assert_close(update, want, rtol=1e-8, atol=1e-8)
 
 
 def test_a_centre_stays_where_it_is(backend64, random_rows):
@@ -203,73 +188,3 @@ def test_what_depends_on_p_is_checked_with_the_mixed_rows(random_rows):
     bad[4] = torch.nan
     with pytest.raises(ValueError, match=r"workers \[4\]"):
         dashpot.robust_aggregate(bad, "multi_krum", pre=[dashpot.NNM(1)], f=1, nonfinite="raise")
-
-
-# --------------------------------------------------------------------------------------------
-# byzfl's names
-
-BYZFL = {
-    "Average": {},
-    "Median": {},
-    "TrMean": {"f": 3},
-    "Meamed": {"f": 3},
-    "GeometricMedian": {},
-    "Krum": {"f": 3},
-    "MultiKrum": {"f": 3},
-    "CenteredClipping": {"L": 2, "tau": 1.0},
-    "MDA": {"f": 3},
-    "MoNNA": {"f": 3, "idx": 2},
-    "NNM": {"f": 3},
-    "Clipping": {"c": 3.0},
-    "ARC": {"f": 3},
-    "Bucketing": {"s": 3},
-}
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("p", [7, 11, 12])
-@pytest.mark.parametrize("name", BYZFL)
-def test_byzfls_values(random_rows, monkeypatch, name, p):
-    """byzfl turns tensors into float32; held back from that, it agrees to float64's rounding."""
-    theirs = getattr(peers.load("byzfl"), name)(**BYZFL[name])
-    ours = getattr(names, name)(**BYZFL[name])
-    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)
-    for seed in range(3):  # CenteredClipping goes on from its last result
-        rows = random_rows(p, 40, seed)
-        torch.manual_seed(seed)
-        want = theirs(rows.clone())
-        torch.manual_seed(seed)
-        torch.testing.assert_close(ours(rows), want, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", BYZFL)
-def test_byzfls_kinds_of_input(random_rows, name):
-    """Arrays and tensors, whole or in a list; the same kind comes back, of the same dtype."""
-    rows = random_rows(11, 40, dtype=torch.float32)
-
-    def run(vectors):
-        torch.manual_seed(0)
-        return getattr(names, name)(**BYZFL[name])(vectors)
-
-    want = run(rows)
-    assert isinstance(want, torch.Tensor) and want.dtype == torch.float32
-    assert torch.equal(run(list(rows)), want)
-    for vectors in (rows.numpy(), list(rows.numpy())):
-        got = run(vectors)
-        assert isinstance(got, np.ndarray) and np.array_equal(got, want.numpy())
-
-
-def test_byzfls_arguments():
-    assert repr(names.GeometricMedian()) == "GeometricMedian(nu=0.1, T=3)"
-    assert repr(names.MoNNA(f=1)) == "MoNNA(f=1, idx=0)"
-    assert repr(names.CenteredClipping()) == "CenteredClipping(L=1, tau=100.0)"
-    center = torch.ones(4)
-    assert torch.equal(names.CenteredClipping(center, L=0)(torch.zeros(2, 4)), center)
-    with pytest.raises(ValueError, match="f: expected at least 0, got -1"):
-        names.Krum(f=-1)
-    with pytest.raises(ValueError, match="f: expected 2 f < n = 4, got 2"):
-        names.MultiKrum(f=2)(torch.zeros(4, 3))
-    with pytest.raises(TypeError, match=r"vectors: expected a NumPy array.*got str"):
-        names.Average()("rows")
-    with pytest.raises(TypeError, match=r"m: expected an array or a torch.Tensor, got float"):
-        names.CenteredClipping(m=0.0)

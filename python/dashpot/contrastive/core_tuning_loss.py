@@ -65,11 +65,11 @@ def core_tuning_loss(
 
 
 def _core_tuning_loss_inputs(size, dtype, device, seed):
-    """Logits of three classes, unit rows, soft labels and their groups."""
+    """Logits of eleven classes, unit rows, soft labels and their groups."""
     z, groups = rows_of(size, dtype, device, seed)
     generator = torch.Generator().manual_seed(seed + 1)
-    logits = torch.randn(z.shape[0], 3, generator=generator)
-    soft = torch.rand(z.shape[0], 3, generator=generator)
+    logits = torch.randn(z.shape[0], 11, generator=generator)
+    soft = torch.rand(z.shape[0], 11, generator=generator)
     soft = soft / soft.sum(1, keepdim=True)
     z = unit_rows(z).to(dtype)
     return logits.to(device, dtype), z, soft.to(device, dtype), groups

@@ -63,9 +63,10 @@ RANDOM_PLAN = declare(
     floor=_random_plan_floor,
     # one expert; several blocks of words; both priorities; padding; a block of the kernels and a
     # tail, two passes; no unit
-    sizes={"test": [(1, 1, 0, 1, -1, "token", 1, 5), (9, 6, 0, 1, 5, "choice", 4, 17),
+    sizes={"test": [(4, 1, 0, 2, -1, "token", 8, 0), (1, 1, 0, 1, -1, "token", 1, 5),
+                    (9, 6, 0, 1, 5, "choice", 4, 17),
                     (5, 2, 1, 2, 11, "token", 1, 40), (64, 2, 0, 2, 30, "choice", 8, 1500),
-                    (40, 1, 0, 1, -1, "token", 1, 5000), (4, 1, 0, 2, -1, "token", 8, 0)],
+                    (40, 1, 0, 1, -1, "token", 1, 5000)],
            "bench": [(8, 1, 0, 2, -1, "token", 1, 65_536), (64, 2, 0, 1, -1, "token", 1, 65_536)]},
     prefer="cuda",
 )  # fmt: skip
