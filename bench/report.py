@@ -86,9 +86,10 @@ def table(rows: Sequence[dict]) -> str:
         return dispatch_table(rows)
     if "cell" in rows[0]:
         return cell_table(rows)
+    options = list(dict.fromkeys(name for row in rows for name in row["options"]))
     groups: dict[tuple, dict[str, dict]] = {}
     for row in rows:
-        key = (row["device_name"], *_case(row))
+        key = (row["device_name"], *_case(row, options))
         groups.setdefault(key, {})[row["contender"]] = row
     names = list(dict.fromkeys(row["contender"] for row in rows))
     others = [name for name in names if _is_peer(rows, name)]
@@ -96,7 +97,7 @@ def table(rows: Sequence[dict]) -> str:
     others = [name for name in others if name not in own]
     several = len({key[0] for key in groups}) > 1
     memory = rows[0].get("passes") == "forward + backward"
-    headers = ["size", "dtype", *rows[0]["options"], "threads", "backend", "dashpot", "of floor"]
+    headers = ["size", "dtype", *options, "threads", "backend", "dashpot", "of floor"]
     headers += ["memory"] * memory
     headers = (["device"] if several else []) + headers + [f"vs {name}" for name in others]
     lines = []
@@ -111,9 +112,9 @@ def table(rows: Sequence[dict]) -> str:
     return markdown(headers, lines)
 
 
-def _case(row: dict) -> tuple[str, ...]:
-    options = (value_of(row, name) for name in row["options"])
-    return (size_label(row["size"]), row["dtype"], *options, str(row["threads"]))
+def _case(row: dict, options: Sequence[str]) -> tuple[str, ...]:
+    values = (value_of(row, name) if name in row["options"] else "" for name in options)
+    return (size_label(row["size"]), row["dtype"], *values, str(row["threads"]))
 
 
 def _is_peer(rows: Sequence[dict], name: str) -> bool:

@@ -150,7 +150,11 @@ def megabytes(size: int) -> str:
 
 
 def option_label(value) -> str:
-    return f"{value:g}" if isinstance(value, float | int) else str(value)
+    return (
+        f"{value:g}"
+        if isinstance(value, float | int) and not isinstance(value, bool)
+        else str(value)
+    )
 
 
 # --------------------------------------------------------------------------------------------
