@@ -52,6 +52,7 @@ struct Tile {
   T theta[kMaxLanes] = {};  // threshold; for negative entropy gamma * log-sum-exp(s / gamma)
   T sum[kMaxLanes] = {};    // column sums of T
   T level[kMaxLanes] = {};  // smoothed dual: lambda; where the search for it starts, and its end
+  T bound[kMaxLanes] = {};  // scores below it are not chosen
   T tied[kMaxLanes] = {};   // 1 where the k-th and the next score tie (options.tie >= 0)
   double value[kMaxLanes] = {};
   Tile(const Options& options, T* scores, T* row_sums)
@@ -252,6 +253,7 @@ DASHPOT_INLINE void apply(Tile<T>& tile, const Choice<T, isa>& found) {
   }
   store<T, isa>(tile.sum, sums);
   store<T, isa>(tile.theta, found.theta);
+  store<T, isa>(tile.bound, found.bound);
   for (int lane = 0; lane < kWidth; ++lane) {
     double square = squares[lane];
     if (found.tied[lane] > 0) {  // of equal scores the first rows are taken
@@ -334,16 +336,19 @@ DASHPOT_INLINE void smoothed(Tile<T>& tile) {
   V level = load<T, isa>(tile.level), low = zero, high = zero, highest = zero;
   V of_low = zero + T(tile.m), of_high = zero;
   for (int round = 0; round < 200; ++round) {
-    V count = zero, partial = zero;
+    V count = zero, positive = zero, full = zero;
     for (int64_t i = 0; i < tile.m; ++i) {
-      V score = load<T, isa>(tile.scores + i * kWidth);
-      score = score > zero ? score : zero;
-      highest = score > highest ? score : highest;
-      const V share = (score * score * half - level) * inverse;
-      const V capped = share < one ? share : one;
-      count += capped > zero ? capped : zero;
-      partial += (share > zero) & (share < one) ? one : zero;
+      const V score = load<T, isa>(tile.scores + i * kWidth);
+      const V open = score > zero ? score : zero;
+      highest = open > highest ? open : highest;
+      const V share = (open * open * half - level) * inverse;
+      const V some = share > zero ? share : zero;
+      const V over = some > one ? some - one : zero;
+      count += some - over;
+      full += some > one ? one : zero;
+      positive += some > zero ? one : zero;
     }
+    const V partial = positive - full;
     if (round == 0) high = highest * highest * half;
     const V excess = count - k;
     low = excess > zero ? level : low;
@@ -384,6 +389,10 @@ DASHPOT_INLINE void smoothed(Tile<T>& tile) {
   }
   store<T, isa>(tile.sum, sums);
   store<T, isa>(tile.level, level);
+  // theta_i > 0 where h > lambda
+  for (int lane = 0; lane < kWidth; ++lane) {
+    tile.bound[lane] = std::sqrt(2 * tile.gamma * tile.level[lane]);
+  }
   for (int lane = 0; lane < kWidth; ++lane) tile.value[lane] = values[lane];
 }
 

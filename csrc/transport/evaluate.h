@@ -29,6 +29,34 @@ struct Scratch {
   std::vector<T> column;
 };
 
+// One problem's chunks put together, in their order: obj, a - T 1 (m,), and b - T^T 1 or beta (n,).
+template <class T, class G>
+void finish(const Options& options, const T* alpha, const T* beta, const T* a, const T* b,
+            const T* found, const double* row_sums, const double* values, int64_t chunks, G* obj,
+            G* grad_alpha, G* column) {
+  const int64_t m = options.m;
+  double value = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    double sum = 0;
+    for (int64_t c = 0; c < chunks; ++c) sum += row_sums[c * m + i];
+    grad_alpha[i] = static_cast<G>(a[i] - sum);
+    value += static_cast<double>(a[i]) * alpha[i];
+  }
+  for (int64_t c = 0; c < chunks; ++c) value -= values[c];
+  for (int64_t j = 0; j < options.n; ++j) {
+    if (options.dual) {
+      value += static_cast<double>(b[j]) * beta[j];
+      column[j] = static_cast<G>(b[j] - found[j]);
+    } else if (options.reg == Reg::kNegentropy) {
+      const double gamma = options.gamma;
+      column[j] = static_cast<G>(gamma + gamma * std::log(static_cast<double>(b[j])) - found[j]);
+    } else {
+      column[j] = -found[j];
+    }
+  }
+  *obj = static_cast<G>(value);
+}
+
 // alpha, a, grad_alpha (B, m); beta (dual, else null), b, column (B, n); cost (B, m, n); obj (B,).
 // column: dual b - T^T 1, semi-dual beta. level (B, n) and tied (B, n): see PerColumn, or null.
 template <class T, class C, class G>
@@ -50,28 +78,10 @@ void evaluate(const Options& options, int64_t batch, const T* alpha, const T* be
         cost.at(problem, m * n), begin, std::min(n, begin + width),
         scratch.row_sums.data() + item * m, found, [](const Tile<T>&, int64_t, int64_t) {});
   });
-  for (int64_t problem = 0; problem < batch; ++problem) {
-    double value = 0;
-    for (int64_t i = 0; i < m; ++i) {
-      double sum = 0;
-      for (int64_t c = 0; c < chunks; ++c) sum += scratch.row_sums[(problem * chunks + c) * m + i];
-      grad_alpha[problem * m + i] = static_cast<G>(a[problem * m + i] - sum);
-      value += static_cast<double>(a[problem * m + i]) * alpha[problem * m + i];
-    }
-    for (int64_t c = 0; c < chunks; ++c) value -= scratch.values[problem * chunks + c];
-    for (int64_t j = problem * n; j < (problem + 1) * n; ++j) {
-      const T found = scratch.column[j];
-      if (options.dual) {
-        value += static_cast<double>(b[j]) * beta[j];
-        column[j] = static_cast<G>(b[j] - found);
-      } else if (options.reg == Reg::kNegentropy) {
-        const double gamma = options.gamma;
-        column[j] = static_cast<G>(gamma + gamma * std::log(static_cast<double>(b[j])) - found);
-      } else {
-        column[j] = -found;
-      }
-    }
-    obj[problem] = static_cast<G>(value);
+  for (int64_t p = 0; p < batch; ++p) {
+    finish(options, alpha + p * m, beta ? beta + p * n : nullptr, a + p * m, b + p * n,
+           scratch.column.data() + p * n, scratch.row_sums.data() + p * chunks * m,
+           scratch.values.data() + p * chunks, chunks, obj + p, grad_alpha + p * m, column + p * n);
   }
 }
 

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "transport/candidates.h"
 #include "transport/evaluate.h"
 #include "transport/lbfgs.h"
 
@@ -78,10 +79,16 @@ class Negated {
     std::copy_n(x, m, alpha_.data());
     if (options_.dual) std::copy_n(x + m, n, beta_.data());
     double obj;
-    evaluate<T, C, double>(options_, 1, alpha_.data(), options_.dual ? beta_.data() : nullptr,
-                           cost_, a_, b_, &obj, g, options_.dual ? g + m : column_.data(),
-                           options_.smoothing > 0 ? level_.data() : nullptr, nullptr, scratch_,
-                           threads_);
+    if (listed_.worth(options_)) {
+      listed_.evaluate(options_, cost_, alpha_.data(), options_.dual ? beta_.data() : nullptr, a_,
+                       b_, &obj, g, options_.dual ? g + m : column_.data(), level_.data(), scratch_,
+                       threads_);
+    } else {
+      evaluate<T, C, double>(options_, 1, alpha_.data(), options_.dual ? beta_.data() : nullptr,
+                             cost_, a_, b_, &obj, g, options_.dual ? g + m : column_.data(),
+                             options_.smoothing > 0 ? level_.data() : nullptr, nullptr, scratch_,
+                             threads_);
+    }
     for (int64_t i = 0; i < size(); ++i) g[i] = -g[i];
     ++evaluations;
     return -obj;
@@ -145,6 +152,7 @@ class Negated {
   std::vector<T> alpha_, beta_, level_;
   std::vector<double> column_;
   Scratch<T> scratch_;
+  Candidates<T, C> listed_;
 };
 
 // optax.adam: maximisation by moments of the gradient, no test for an end.
@@ -276,7 +284,7 @@ class Solve {
     return second;
   }
 
-  // Smoothed dual, mu from half the energy of an even column, gamma (b / k)^2 / 2, by tenths.
+  // Smoothed dual, mu from a tenth of the energy of an even column, gamma (b / k)^2 / 2, by tenths.
   Progress continuation(Negated<T, C>& function, std::vector<double>& x, int64_t iterations) {
     Options options = settings_.options;
     const int64_t m = options.m, n = options.n;
@@ -297,7 +305,7 @@ class Solve {
     const double end = settings_.smoothing > 0 ? settings_.smoothing : 2e-5 * energy;
     Progress done;
     done.status = kMaxIter;
-    for (double mu = std::max(0.5 * energy, end); done.iterations < iterations;
+    for (double mu = std::max(0.1 * energy, end); done.iterations < iterations;
          mu = std::max(mu / 10, end)) {
       smooth.smooth(mu);
       Limits limit = limits(iterations - done.iterations);

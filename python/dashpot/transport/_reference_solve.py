@@ -35,7 +35,7 @@ class Progress(NamedTuple):
     status: Tensor  # (B,) int32
 
 
-def _over(done: Tensor) -> bool:
+def over(done: Tensor) -> bool:
     return done.device.type == "cpu" and bool(done.all())
 
 
@@ -51,7 +51,7 @@ def adam(function: Function, x: Tensor, max_iter: int, tol: float, lr: float) ->
         _, g = function.evaluate(x)
         calls = calls + (~done).int()
         done = done | (function.error(g) <= tol)
-        if _over(done):
+        if over(done):
             break
         first = first + 0.1 * (g - first)
         second = second + 0.001 * (g * g - second)
@@ -75,7 +75,7 @@ def sinkhorn(
         _, g = function.evaluate(x)  # T 1 - a
         calls = calls + (~done).int()
         done = done | (function.error(g) <= tol)
-        if _over(done):
+        if over(done):
             break
         moved = x + gamma * (a.log() - (g + a).clamp(min=1e-37).log())
         moved = torch.where(a > 0, moved, CLOSED)
@@ -118,7 +118,7 @@ def lbfgs(
     status = torch.where(function.error(g) <= tol, CONVERGED, -1)
     for _ in range(max_eval - 1):
         going = status < 0
-        if _over(~going):
+        if over(~going):
             break
         slope = (g * d).sum(1)  # (B,)
         tried = x + t[:, None] * d
@@ -175,7 +175,7 @@ def newton(
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for _ in range(max_iter):
         going = status < 0
-        if _over(~going):
+        if over(~going):
             break
         h = hessian(x)  # (B, m, m)
         size = h.diagonal(dim1=1, dim2=2).amax(1).clamp(min=1e-300)  # (B,)
@@ -197,7 +197,7 @@ def newton(
             x, f = torch.where(take[:, None], tried, x), torch.where(take, f_next, f)
             g = torch.where(take[:, None], g_next, g)
             moved = moved | take
-            if _over(moved | ~going):
+            if over(moved | ~going):
                 break
             t = torch.where(moved, t, t / 2)
         steps = steps + moved.int()

@@ -81,20 +81,21 @@ def _continuation(problem, start, formulation, max_iter, tol, smoothing):
     width = start.shape[1]
     y = torch.cat([alpha, beta], 1)
     best, found = y, own(y[:, :width])[0]
-    # Half the energy of an even column, in the mean over the batch's columns: the host's number
-    # where the caller gave none is the largest that masses of mean 1 / n can have.
+    # gamma t^2 / 2 of an entry of an even column: mu starts at a tenth of it.
     share = problem.b.mean(1) / problem.k  # (B,)
     energy = problem.gamma / 2 * share.square()  # (B,)
     steps = torch.zeros_like(found, dtype=torch.int32)
     calls, status = steps + 1, torch.full_like(steps, -1)
-    for stage in range(6):
+    for stage in range(5 if smoothing == 0 else 16):
         floor = smoothing if smoothing > 0 else 2e-5 * energy
-        mu = torch.maximum(energy * 0.5 * 0.1**stage, torch.as_tensor(floor).to(energy))  # (B,)
+        mu = torch.maximum(energy * 0.1 ** (stage + 1), torch.as_tensor(floor).to(energy))  # (B,)
         limit = torch.clamp(1e-2 * mu / energy, min=tol)
         width_mu = mu[:, None, None]
         function = problem.function(lambda x, mu=width_mu: problem.negated_smoothed(x, mu))
         function = function._replace(error=lambda g, c=limit: problem.error(g) * (tol / c))
         going = status < 0
+        if solvers.over(~going):
+            break
         run = solvers.lbfgs(function, y, max_iter, 2 * max_iter + 20, tol, 1e-3 * tol)
         y = torch.where(going[:, None], run.x, y)
         steps = steps + torch.where(going, run.iterations, 0)
