@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
-#include "transport/problem.h"
+#include "transport/solvers.h"
 
 namespace dashpot::transport {
 
@@ -28,6 +28,25 @@ struct CudaEvaluation {
 };
 
 void evaluate_cuda(const CudaEvaluation& evaluation, int device, void* stream);
+
+// Whole solves, a problem a block. State's type: a, alpha, to_alpha (B, m), b, beta, to_beta (B,
+// n), value, gap (B,), row_error, col_error (B, 2); cost (B, m, n), or (B, n, m) by_rows; counts
+// (B, 4): iterations, evaluations, tied columns, status. room (B, solve_numbers(m, n)) float64:
+// scratch.
+struct CudaSolve {
+  Settings settings;
+  int64_t batch;
+  bool by_rows;
+  const void *cost, *a, *b, *alpha, *beta;
+  double* room;
+  void *to_alpha, *to_beta, *value, *row_error, *col_error, *gap;
+  int32_t* counts;
+};
+
+int64_t solve_numbers(int64_t m, int64_t n);
+// Whether a block's shared memory holds the vectors of a problem.
+bool solve_fits(int64_t m, int64_t n, Dtype dtype, int device);
+void solve_cuda(const CudaSolve& solve, Dtype dtype, int device, void* stream);
 
 // input, output (R, n); total, tau (R,) of the state's type.
 void project_cuda(const void* input, Dtype dtype, const void* total, void* output, void* tau,

@@ -41,6 +41,7 @@ template <class T>
 struct ColumnSums {
   T theta, sum;
   double value;
+  Found<T> found;  // of the sparse and the l2 problem
 };
 
 // t = weigh(i, s, square) for every score: row sums of the tile into sums (m,), by the block's own
@@ -104,10 +105,10 @@ __device__ ColumnSums<T> solve_column(Team<T, kColumns>& team,
       const T sum = apply(team, scores, sums, add, [&](int64_t, T score, T&) {
                       return factor * exp((score - shift) * inverse);
                     }).first;
-      if (options.dual) return {theta, sum, options.gamma * static_cast<double>(sum)};
+      if (options.dual) return {theta, sum, options.gamma * static_cast<double>(sum), nothing<T>()};
       const bool counts = mass > 0 && theta > lowest<T>();
       const double b = mass;
-      return {theta, sum, counts ? b * (theta - options.gamma * log(b)) : 0.0};
+      return {theta, sum, counts ? b * (theta - options.gamma * log(b)) : 0.0, nothing<T>()};
     }
     const int64_t k = options.k;
     found =
@@ -118,7 +119,56 @@ __device__ ColumnSums<T> solve_column(Team<T, kColumns>& team,
     square = gap * t;
     return t;
   });
-  return {found.theta, total.first, plain_value(found.theta, total.second, mass, options.dual)};
+  return {found.theta, total.first, plain_value(found.theta, total.second, mass, options.dual),
+          found};
+}
+
+// The smoothed dual, Omega+ = max {sum theta_i h_i - mu/2 theta_i^2: 0 <= theta <= 1, sum theta <=
+// k} with h = [s]+^2 / (2 gamma): theta = clip((h - level) / mu, 0, 1), level >= 0 the least at
+// which they sum to k at most, t = theta [s]+ / gamma. Newton on that staircase of ramps from
+// `level`, the last evaluation's, in turn with halving the bracket.
+template <class T, int kColumns, class Form>
+__device__ ColumnSums<T> solve_smoothed(Team<T, kColumns>& team,
+                                        const Scores<T, kColumns, Form>& scores,
+                                        const Options& options, T& level, T* sums, bool add) {
+  const T gamma = static_cast<T>(options.gamma), half = T(0.5) / gamma, k = T(options.k);
+  const T mu = static_cast<T>(options.smoothing), inverse = 1 / mu;
+  const T near = k * (sizeof(T) == 8 ? T(1e-14) : T(1e-6));
+  const auto energy = [&](T score) { return score > 0 ? score * score * half : T(0); };
+  T low = 0, high = 0;
+  read_scores(team, scores, [&](int64_t, T score) { high = Max{}(high, energy(score)); });
+  high = team.all({high, high}, Max{}).first;  // the sum there is 0
+  level = level < high ? level : T(0);
+  bool open = true, asked = false;
+  for (int round = 0; __syncthreads_or(open); ++round) {
+    Pair<T> mine{0, 0};  // the sum of theta, and how many are on a ramp
+    for (int64_t i = team.lane(); i < team.m; i += team.lanes()) {
+      const T share = (energy(scores.at(i)) - level) * inverse;
+      mine.first += share < 0 ? T(0) : share > 1 ? T(1) : share;
+      mine.second += share > 0 && share < 1 ? T(1) : T(0);
+    }
+    const Pair<T> at = team.all(mine, Sum{});
+    const T excess = at.first - k;
+    if (!open) continue;
+    if ((excess <= 0 && !(level > 0)) || (excess < near && -excess < near)) {
+      open = false;  // the bound is not active, or met
+      continue;
+    }
+    (excess > 0 ? low : high) = level;
+    const T step = level + mu * excess / at.second;
+    const bool inside = at.second > 0 && step > low && step < high && round % 3 != 2;
+    const bool ask = !inside && excess < 0 && !(low > 0) && !asked;  // whether it is active at all
+    level = inside ? step : ask ? T(0) : (low + high) / 2;
+    asked = asked || ask;
+    open = ask || (level > low && level < high);
+  }
+  const Pair<T> total = apply(team, scores, sums, add, [&](int64_t, T score, T& value) {
+    const T h = energy(score), share = (h - level) * inverse;
+    const T theta = share < 0 ? T(0) : share > 1 ? T(1) : share;
+    value = theta * (h - mu / 2 * theta);
+    return score > 0 ? theta * score / gamma : T(0);
+  });
+  return {0, total.first, static_cast<double>(total.second), nothing<T>()};
 }
 
 }  // namespace

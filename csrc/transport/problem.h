@@ -14,6 +14,8 @@ struct Options {
   double gamma;
   Reg reg;
   bool dual;
+  double smoothing = 0;  // mu of the smoothed dual; 0: the dual itself
+  double tie = -1;       // relative distance at which the k-th and next score count as tied
 };
 
 }  // namespace dashpot::transport
