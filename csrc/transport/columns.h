@@ -36,10 +36,23 @@ struct Tile {
   T gamma;
   Reg reg;
   bool dual;
-  T mass[kMaxLanes];   // b
-  T theta[kMaxLanes];  // threshold; for negative entropy gamma * log-sum-exp(s / gamma)
-  T sum[kMaxLanes];    // column sums of T
-  double value[kMaxLanes];
+  T smoothing, tie;
+  T mass[kMaxLanes] = {};   // b
+  T theta[kMaxLanes] = {};  // threshold; for negative entropy gamma * log-sum-exp(s / gamma)
+  T sum[kMaxLanes] = {};    // column sums of T
+  T level[kMaxLanes] = {};  // smoothed dual: lambda; where the search for it starts, and its end
+  T tied[kMaxLanes] = {};   // 1 where the k-th and the next score tie (options.tie >= 0)
+  double value[kMaxLanes] = {};
+  Tile(const Options& options, T* scores, T* row_sums)
+      : scores(scores),
+        row_sums(row_sums),
+        m(options.m),
+        k(options.k),
+        gamma(static_cast<T>(options.gamma)),
+        reg(options.reg),
+        dual(options.dual),
+        smoothing(static_cast<T>(options.smoothing)),
+        tie(static_cast<T>(options.tie)) {}
 };
 
 template <class T, Isa isa>
@@ -296,6 +309,93 @@ DASHPOT_INLINE void entropic(Tile<T>& tile) {
   }
 }
 
+// The smoothed dual: Omega+ = max {sum theta_i h_i - mu / 2 theta_i^2 : 0 <= theta <= 1, sum theta
+// <= k}, h = [s]+^2 / (2 gamma); its maximiser is theta = clip((h - lambda) / mu, 0, 1) with lambda
+// >= 0, and T = theta [s]+ / gamma. sum theta falls with lambda, a staircase whose steps are ramps
+// as wide as mu: Newton from the last evaluation's lambda lands at once where the ramps are the
+// same, elsewhere it would climb ramp by ramp and takes turns with the bracket's secant.
+template <class T, Isa isa>
+DASHPOT_INLINE void smoothed(Tile<T>& tile) {
+  using V = Vec<T, isa>;
+  constexpr int kWidth = kLanes<T, isa>;
+  const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
+  const T half = T(0.5) / tile.gamma, inverse = 1 / tile.smoothing;
+  const T near = 8 * std::numeric_limits<T>::epsilon();
+  V level = load<T, isa>(tile.level), low = zero, high = zero, highest = zero;
+  V of_low = zero + T(tile.m), of_high = zero;
+  for (int round = 0; round < 200; ++round) {
+    V count = zero, partial = zero;
+    for (int64_t i = 0; i < tile.m; ++i) {
+      V score = load<T, isa>(tile.scores + i * kWidth);
+      score = score > zero ? score : zero;
+      highest = score > highest ? score : highest;
+      const V share = (score * score * half - level) * inverse;
+      const V capped = share < one ? share : one;
+      count += capped > zero ? capped : zero;
+      partial += (share > zero) & (share < one) ? one : zero;
+    }
+    if (round == 0) high = highest * highest * half;
+    const V excess = count - k;
+    low = excess > zero ? level : low;
+    of_low = excess > zero ? count : of_low;
+    high = excess > zero ? high : level;
+    of_high = excess > zero ? of_high : count;
+    V part = (of_low - k) / (of_low - of_high);
+    part = part > T(0.1) ? part : zero + T(0.1);
+    part = part < T(0.9) ? part : zero + T(0.9);
+    const V secant = low + (high - low) * (round % 4 == 3 ? zero + T(0.5) : part);
+    V newton = level + tile.smoothing * excess / (partial > zero ? partial : one);
+    newton = newton < zero ? zero : newton;
+    const auto use =
+        (newton >= low) & (newton <= high) & (partial > zero) & (zero + T(round % 2) < one);
+    // A sum below k at level 0 is the end; the first time below, 0 itself is asked.
+    const auto floor = (excess <= zero) & (low == zero) & (of_low >= zero + T(tile.m));
+    V trial = use ? newton : floor ? zero : secant;
+    trial = excess == zero ? level : trial;
+    const V reach = near * (level + tile.smoothing);
+    const V gap = trial > level ? trial - level : level - trial;
+    const V left = newton > level ? newton - level : level - newton;
+    // Newton's step says how far the root is; a bracket that has closed leaves nothing to do.
+    const auto there = (partial > zero) & (left <= reach);
+    const auto moving = ~there & (gap > reach) & ((high - low > reach) | floor);
+    level = moving ? trial : level;
+    if (!any<T, isa>(moving)) break;
+  }
+  V sums = zero, values = zero;
+  for (int64_t i = 0; i < tile.m; ++i) {
+    const V score = load<T, isa>(tile.scores + i * kWidth);
+    const V energy = score > zero ? score * score * half : zero;
+    V theta = (energy - level) * inverse;
+    theta = theta < zero ? zero : theta > one ? one : theta;
+    const V t = score > zero ? theta * score * (1 / tile.gamma) : zero;
+    store<T, isa>(tile.row_sums + i * kWidth, load<T, isa>(tile.row_sums + i * kWidth) + t);
+    sums += t;
+    values += theta * (energy - tile.smoothing * T(0.5) * theta);
+  }
+  store<T, isa>(tile.sum, sums);
+  store<T, isa>(tile.level, level);
+  for (int lane = 0; lane < kWidth; ++lane) tile.value[lane] = values[lane];
+}
+
+// tied of the columns: the lowest chosen and the highest score left out, this one above theta too.
+template <class T, Isa isa>
+DASHPOT_INLINE void find_ties(Tile<T>& tile, const Choice<T, isa>& found) {
+  using V = Vec<T, isa>;
+  const V infinity = fill<T, isa>(std::numeric_limits<T>::infinity()), zero = {}, one = zero + T(1);
+  V lowest = infinity, next = -infinity;
+  for (int64_t i = 0; i < tile.m; ++i) {
+    const V score = load<T, isa>(tile.scores + i * kLanes<T, isa>);
+    const auto chosen = score >= found.bound;
+    const V low = chosen ? score : infinity, high = chosen ? -infinity : score;
+    lowest = low < lowest ? low : lowest;
+    next = high > next ? high : next;
+  }
+  const V size = lowest > zero ? lowest : -lowest;
+  const V reach = tile.tie * (size > one ? size : one);
+  const V tied = (next > found.theta) & (lowest - next <= reach) ? one : zero;
+  store<T, isa>(tile.tied, found.tied > zero ? one : tied);
+}
+
 // choose_listed<k> for k <= K known at run time.
 template <int K, class T, Isa isa>
 DASHPOT_INLINE Choice<T, isa> choose_up_to(const Tile<T>& tile) {
@@ -310,9 +410,22 @@ struct SolveTile {
   template <Isa isa>
   static DASHPOT_INLINE void run(Tile<T>* tile) {
     if (tile->reg == Reg::kNegentropy) return entropic<T, isa>(*tile);
+    if (tile->smoothing > 0) return smoothed<T, isa>(*tile);
     const bool listed = tile->reg == Reg::kSparse && tile->k <= kListed;
-    apply<T, isa>(
-        *tile, listed ? choose_up_to<kListed, T, isa>(*tile) : choose_by_threshold<T, isa>(*tile));
+    const Choice<T, isa> found =
+        listed ? choose_up_to<kListed, T, isa>(*tile) : choose_by_threshold<T, isa>(*tile);
+    if (tile->tie >= 0 && tile->k < tile->m) find_ties<T, isa>(*tile, found);
+    apply<T, isa>(*tile, found);
+  }
+};
+
+// One problem's cost: entry (i, j) at data[i * row + j * column]; one of the strides is 1.
+template <class C>
+struct Cost {
+  const C* data;
+  int64_t row, column;
+  Cost at(int64_t problem, int64_t entries) const {
+    return {data + problem * entries, row, column};
   }
 };
 
@@ -325,8 +438,19 @@ inline constexpr int kGroup = 4;
 template <class T, class C>
 struct FillTiles {
   template <Isa isa>
-  static DASHPOT_INLINE void run(T* scores, const T* alpha, const T* shift, const C* cost,
-                                 int64_t m, int64_t n, int64_t live) {
+  static DASHPOT_INLINE void run(T* scores, const T* alpha, const T* shift, const Cost<C>* cost,
+                                 int64_t m, int64_t first, int64_t live) {
+    if (cost->column == 1) {
+      by_rows<isa>(scores, alpha, shift, cost->data + first, cost->row, m, live);
+    } else {
+      by_columns<isa>(scores, alpha, shift, cost->data + first * cost->column, cost->column, m,
+                      live);
+    }
+  }
+
+  template <Isa isa>
+  static DASHPOT_INLINE void by_rows(T* scores, const T* alpha, const T* shift, const C* cost,
+                                     int64_t stride, int64_t m, int64_t live) {
     constexpr int kWidth = kLanes<T, isa>;
     const int64_t whole = live / kWidth, rest = live % kWidth;
     Vec<T, isa> base[kGroup];
@@ -334,14 +458,32 @@ struct FillTiles {
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t g = 0; g < whole; ++g) {
         store<T, isa>(scores + (g * m + i) * kWidth,
-                      base[g] + alpha[i] - load_as<T, isa>(cost + i * n + g * kWidth));
+                      base[g] + alpha[i] - load_as<T, isa>(cost + i * stride + g * kWidth));
       }
       if (rest == 0) continue;
       for (int64_t lane = 0; lane < kWidth; ++lane) {
         const int64_t j = whole * kWidth + lane;
         scores[(whole * m + i) * kWidth + lane] =
-            lane < rest ? shift[j] + alpha[i] - convert<T>(cost[i * n + j])
+            lane < rest ? shift[j] + alpha[i] - convert<T>(cost[i * stride + j])
                         : -std::numeric_limits<T>::infinity();
+      }
+    }
+  }
+
+  // The columns lie one after another: blocks of rows, so that a tile's lines are written once.
+  template <Isa isa>
+  static DASHPOT_INLINE void by_columns(T* scores, const T* alpha, const T* shift, const C* cost,
+                                        int64_t stride, int64_t m, int64_t live) {
+    constexpr int kWidth = kLanes<T, isa>, kBlock = 64;
+    const int64_t filled = (live + kWidth - 1) / kWidth * kWidth;
+    for (int64_t begin = 0; begin < m; begin += kBlock) {
+      const int64_t end = std::min<int64_t>(m, begin + kBlock);
+      for (int64_t j = 0; j < filled; ++j) {
+        T* to = scores + j / kWidth * m * kWidth + j % kWidth;
+        for (int64_t i = begin; i < end; ++i) {
+          to[i * kWidth] = j < live ? shift[j] + alpha[i] - convert<T>(cost[j * stride + i])
+                                    : -std::numeric_limits<T>::infinity();
+        }
       }
     }
   }
@@ -357,42 +499,53 @@ struct SumLanes {
   }
 };
 
+// The thread's room for tiles: kept, for a solver comes back hundreds of times.
+template <class T>
+T* tile_room(int64_t count) {
+  static thread_local std::vector<T> room;
+  if (static_cast<int64_t>(room.size()) < count) room.resize(count);
+  return room.data();
+}
+
+// What an evaluation leaves per column, beside row sums: theta, or the column sums of T (dual).
+template <class T>
+struct PerColumn {
+  T* column;      // (n,)
+  T* level;       // (n,) read and written where the dual is smoothed, else null
+  int32_t* tied;  // (n,) or null
+};
+
 // One evaluation of one problem's chunk of columns [begin, end). alpha (m,), beta (n,) or null,
-// b (n,), cost (m, n); out: row_sums (m,), column (n,) theta or the column sums of T, the value.
-template <class T, class C>
+// b (n,); out: row_sums (m,), found, the value. visit(tile, first, count) sees every solved tile.
+template <class T, class C, class Visit>
 double evaluate_columns(const Options& options, const T* alpha, const T* beta, const T* b,
-                        const C* cost, int64_t begin, int64_t end, double* row_sums, T* column) {
+                        const Cost<C>& cost, int64_t begin, int64_t end, double* row_sums,
+                        const PerColumn<T>& found, const Visit& visit) {
   const int64_t lanes = vector_bytes(isa()) / sizeof(T), m = options.m;
-  std::vector<T> room((kGroup + 1) * m * lanes);
-  Tile<T> tile{room.data(),
-               room.data() + kGroup * m * lanes,
-               m,
-               options.k,
-               static_cast<T>(options.gamma),
-               options.reg,
-               options.dual,
-               {},
-               {},
-               {},
-               {}};
+  T* room = tile_room<T>((kGroup + 1) * m * lanes);
+  Tile<T> tile(options, room, room + kGroup * m * lanes);
+  std::fill_n(tile.row_sums, m * lanes, T(0));
   double value = 0;
   for (int64_t first = begin; first < end; first += kGroup * lanes) {
     const int64_t live = std::min(kGroup * lanes, end - first);
     T shift[kGroup * kMaxLanes] = {};
     if (beta) std::copy_n(beta + first, live, shift);
-    run_on_isa<FillTiles<T, C>>(room.data(), alpha, static_cast<const T*>(shift), cost + first, m,
-                                options.n, live);
+    run_on_isa<FillTiles<T, C>>(room, alpha, static_cast<const T*>(shift), &cost, m, first, live);
     for (int64_t start = 0; start < live; start += lanes) {
-      tile.scores = room.data() + start * m;
-      const int64_t count = std::min(lanes, live - start);
+      tile.scores = room + start * m;
+      const int64_t count = std::min(lanes, live - start), j = first + start;
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        tile.mass[lane] = lane < count ? b[first + start + lane] : T(0);
+        tile.mass[lane] = lane < count ? b[j + lane] : T(0);
+        tile.level[lane] = found.level && lane < count ? found.level[j + lane] : T(0);
       }
       run_on_isa<SolveTile<T>>(&tile);
       for (int64_t lane = 0; lane < count; ++lane) {
-        column[first + start + lane] = options.dual ? tile.sum[lane] : tile.theta[lane];
+        found.column[j + lane] = options.dual ? tile.sum[lane] : tile.theta[lane];
+        if (found.level) found.level[j + lane] = tile.level[lane];
+        if (found.tied) found.tied[j + lane] = tile.tied[lane] > 0;
         value += tile.value[lane];
       }
+      visit(tile, j, count);
     }
   }
   run_on_isa<SumLanes<T>>(static_cast<const T*>(tile.row_sums), m, row_sums);

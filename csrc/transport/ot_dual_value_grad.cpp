@@ -26,14 +26,16 @@ Outputs ot_dual_value_grad_forward(const Tensor& alpha, const Tensor& beta, cons
   dispatch_floating(cost.dtype, [&](auto element) {
     using C = decltype(element);
     using T = std::conditional_t<std::is_same_v<C, double>, double, float>;
-    evaluate<T, C>(options, batch, alpha.as<T>(), beta.as<T>(), cost.as<C>(), a.as<T>(), b.as<T>(),
-                   obj.as<T>(), grad_alpha.as<T>(), grad_beta.as<T>(), threads);
+    Scratch<T> scratch;
+    evaluate<T, C, T>(options, batch, alpha.as<T>(), beta.as<T>(), {cost.as<C>(), n, 1}, a.as<T>(),
+                      b.as<T>(), obj.as<T>(), grad_alpha.as<T>(), grad_beta.as<T>(), nullptr,
+                      nullptr, scratch, threads);
   });
   return out;
 }
 
 std::optional<std::string> ot_dual_value_grad_supports(const py::args& args) {
-  return too_many_rows(py::cast<Tensor>(args[2]));
+  return too_many_rows(py::cast<Tensor>(args[2]).size(1));
 }
 
 #ifdef DASHPOT_CUDA

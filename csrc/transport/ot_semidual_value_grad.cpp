@@ -26,14 +26,16 @@ Outputs ot_semidual_value_grad_forward(const Tensor& alpha, const Tensor& cost, 
   dispatch_floating(cost.dtype, [&](auto element) {
     using C = decltype(element);
     using T = std::conditional_t<std::is_same_v<C, double>, double, float>;
-    evaluate<T, C>(options, batch, alpha.as<T>(), nullptr, cost.as<C>(), a.as<T>(), b.as<T>(),
-                   obj.as<T>(), grad_alpha.as<T>(), beta.as<T>(), threads);
+    Scratch<T> scratch;
+    evaluate<T, C, T>(options, batch, alpha.as<T>(), nullptr, {cost.as<C>(), n, 1}, a.as<T>(),
+                      b.as<T>(), obj.as<T>(), grad_alpha.as<T>(), beta.as<T>(), nullptr, nullptr,
+                      scratch, threads);
   });
   return out;
 }
 
 std::optional<std::string> ot_semidual_value_grad_supports(const py::args& args) {
-  return too_many_rows(py::cast<Tensor>(args[1]));
+  return too_many_rows(py::cast<Tensor>(args[1]).size(1));
 }
 
 #ifdef DASHPOT_CUDA

@@ -76,25 +76,18 @@ class BlockFunction {
 
   __device__ BlockFunction(const Options& options, const BlockProblem<T, C>& problem,
                            Team<T, kColumns>& columns, BlockVectors& vectors, TileLists* lists)
-      : options_(options),
-        plain_(options),
-        problem_(problem),
-        columns_(columns),
-        vectors_(vectors),
-        lists_(lists) {
+      : options_(options), problem_(problem), columns_(columns), vectors_(vectors), lists_(lists) {
     mass_ = vectors.sum(options.m, [&](int64_t i) { return problem.a[i]; });
     scale = options.gamma / fmax(1e-300, options.reg == Reg::kNegentropy ? mass_ / options.m : 1.0);
   }
 
-  __device__ int64_t size() const { return plain_.m + (plain_.dual ? plain_.n : 0); }
-  __device__ const Options& options() const { return plain_; }
+  __device__ int64_t size() const { return options_.m + (options_.dual ? options_.n : 0); }
+  __device__ double a(int64_t i) const { return problem_.a[i]; }
+  __device__ double b(int64_t j) const { return problem_.b[j]; }
 
-  // The smoothed dual from here on; with mu = 0 the function itself.
   __device__ void smooth(double mu) {
-    options_ = plain_;
     options_.smoothing = mu;
-    options_.dual = mu > 0 || plain_.dual;
-    vectors_.each(plain_.n, [&](int64_t j) { problem_.level[j] = 0; });
+    vectors_.each(options_.n, [&](int64_t j) { problem_.level[j] = 0; });
   }
 
   __device__ __noinline__ double operator()(const double* x, double* g) {
@@ -117,34 +110,34 @@ class BlockFunction {
 
   // The eliminated potential of a column, of the last evaluation of the semi-dual.
   __device__ double beta(int64_t j) const {
-    const double found = problem_.out[j], gamma = plain_.gamma;
-    if (plain_.reg != Reg::kNegentropy) return -found;
+    const double found = problem_.out[j], gamma = options_.gamma;
+    if (options_.reg != Reg::kNegentropy) return -found;
     return gamma + gamma * log(static_cast<double>(problem_.b[j])) - found;
   }
 
   // Value, errors, gap and ties at x; beta (n,) too. The last evaluation of a solve.
   __device__ __noinline__ Report report(const double* x, double tol, double* to_beta) {
-    const int64_t m = plain_.m, n = plain_.n;
-    options_ = plain_;
-    options_.tie = tol;
+    const int64_t m = options_.m, n = options_.n;
     Report found{};
+    options_.tie = tol;
     found.value = evaluate(x);
+    options_.tie = -1;
     const auto row_gap = [&](int64_t i) {
       return static_cast<double>(problem_.a[i]) - problem_.row_sums[i];
     };
     const auto column_gap = [&](int64_t j) -> double {
       const double b = problem_.b[j];
-      if (plain_.dual) return b - problem_.out[j];
+      if (options_.dual) return b - problem_.out[j];
       // theta = -inf: no row can be chosen; the mass stays away
       return fabs(static_cast<double>(problem_.out[j])) < INFINITY || !(b > 0) ? 0.0 : b;
     };
-    vectors_.each(n, [&](int64_t j) { to_beta[j] = plain_.dual ? x[m + j] : beta(j); });
+    vectors_.each(n, [&](int64_t j) { to_beta[j] = options_.dual ? x[m + j] : beta(j); });
     found.row_l1 = vectors_.sum(m, [&](int64_t i) { return fabs(row_gap(i)); });
     found.row_max = vectors_.max(m, [&](int64_t i) { return fabs(row_gap(i)); });
     found.col_l1 = vectors_.sum(n, [&](int64_t j) { return fabs(column_gap(j)); });
     found.col_max = vectors_.max(n, [&](int64_t j) { return fabs(column_gap(j)); });
     found.gap = -vectors_.sum(m, [&](int64_t i) { return problem_.alpha[i] * row_gap(i); });
-    if (plain_.dual) {
+    if (options_.dual) {
       found.gap -= vectors_.sum(n, [&](int64_t j) { return problem_.beta[j] * column_gap(j); });
     } else if (found.col_l1 > 0) {
       found.status = kInfeasible;
@@ -158,7 +151,7 @@ class BlockFunction {
       for (int64_t j = 0; j < n && !open; ++j) open = problem_.open(i, j);
       return open ? 0.0 : 1.0;
     });
-    if (shut > 0 || static_cast<double>(n) * plain_.k < rows) found.status = kInfeasible;
+    if (shut > 0 || static_cast<double>(n) * options_.k < rows) found.status = kInfeasible;
     return found;
   }
 
@@ -224,7 +217,7 @@ class BlockFunction {
     return ends.second > column.found.theta && last - ends.second <= reach;
   }
 
-  Options options_, plain_;
+  Options options_;
   BlockProblem<T, C> problem_;
   Team<T, kColumns>& columns_;
   BlockVectors& vectors_;

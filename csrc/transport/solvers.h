@@ -70,9 +70,9 @@ inline constexpr double kClosed = -1e30;
 
 // The rows' update needs T 1 only, which the semi-dual's gradient a - T 1 holds. A row sum that
 // underflows counts as 1e-37: the step is then too short, and the next one goes on from there.
-template <class Vectors, class Function, class T>
-DASHPOT_HD Progress sinkhorn(Vectors& vectors, Function& function, double* x, double* g, const T* a,
-                             int64_t m, const Settings& settings) {
+template <class Vectors, class Function>
+DASHPOT_HD Progress sinkhorn(Vectors& vectors, Function& function, double* x, double* g,
+                             const Settings& settings) {
   const double gamma = settings.options.gamma;
   Progress done;
   for (int64_t step = 0; step < settings.max_iter; ++step) {
@@ -81,8 +81,8 @@ DASHPOT_HD Progress sinkhorn(Vectors& vectors, Function& function, double* x, do
       done.status = kConverged;
       break;
     }
-    vectors.each(m, [&](int64_t i) {
-      const double mass = a[i], sum = fmax(g[i] + mass, 1e-37);
+    vectors.each(settings.options.m, [&](int64_t i) {
+      const double mass = function.a(i), sum = fmax(g[i] + mass, 1e-37);
       x[i] = mass > 0 ? x[i] + gamma * (::log(mass) - ::log(sum)) : kClosed;
     });
     ++done.iterations;
@@ -96,9 +96,10 @@ DASHPOT_HD inline Limits limits_of(const Settings& settings, int64_t iterations)
 
 // Smoothed dual, mu from half the energy of an even column, gamma (b / k)^2 / 2, by tenths. x moves
 // to the best potentials of the function itself.
-template <class Vectors, class Function, class T>
-DASHPOT_HD Progress continuation(Vectors& vectors, Function& function, double* room, double* x,
-                                 int64_t iterations, const T* b, const Settings& settings) {
+template <class Vectors, class Function, class Smoothed>
+DASHPOT_HD Progress continuation(Vectors& vectors, Function& function, Smoothed& smoothed,
+                                 double* room, double* x, int64_t iterations,
+                                 const Settings& settings) {
   const Options& options = settings.options;
   const int64_t m = options.m, n = options.n, size = function.size();
   double* y = room;             // (m + n,)
@@ -112,18 +113,17 @@ DASHPOT_HD Progress continuation(Vectors& vectors, Function& function, double* r
     const double eliminated = options.dual ? x[m + j] : function.beta(j);
     y[m + j] = fabs(eliminated) < INFINITY ? eliminated : 0.0;
   });
-  const double mean = vectors.sum(n, [&](int64_t j) { return b[j]; }) / static_cast<double>(n);
-  const double share = mean / static_cast<double>(options.k);
+  const double total = vectors.sum(n, [&](int64_t j) { return function.b(j); });
+  const double share = total / static_cast<double>(n * options.k);
   const double energy = options.gamma / 2 * share * share;
   const double end = settings.smoothing > 0 ? settings.smoothing : 2e-5 * energy;
   Progress done;
   done.status = kMaxIter;
   for (double mu = fmax(0.5 * energy, end); done.iterations < iterations; mu = fmax(mu / 10, end)) {
+    smoothed.smooth(mu);
     Limits limits = limits_of(settings, iterations - done.iterations);
     limits.error = fmax(settings.tol, 1e-2 * mu / energy);
-    function.smooth(mu);
-    done.iterations += lbfgs(vectors, function, rest, y, g, m + n, limits).iterations;
-    function.smooth(0);
+    done.iterations += lbfgs(vectors, smoothed, rest, y, g, m + n, limits).iterations;
     vectors.copy(y, size, here);
     const double value = function(here, slope);
     const bool better = value < found, last = mu <= end;
@@ -144,32 +144,33 @@ DASHPOT_HD Progress continuation(Vectors& vectors, Function& function, double* r
   return done;
 }
 
-// x (size(),) from where to start to the solution; room (solve_room(m, n),).
-template <class Vectors, class Function, class T>
-DASHPOT_HD Progress climb(Vectors& vectors, Function& function, double* room, double* x, const T* a,
-                          const T* b, const Settings& settings) {
+// x (m + n,) from where to start to the solution; room (solve_room(m, n),). smoothed: the dual with
+// a `smooth(mu)`.
+template <class Vectors, class Function, class Smoothed>
+DASHPOT_HD Progress climb(Vectors& vectors, Function& function, Smoothed& smoothed, double* room,
+                          double* x, const Settings& settings) {
   const Options& options = settings.options;
-  const int64_t size = function.size();
+  const int64_t size = function.size(), steps = settings.max_iter;
   double* g = room;
   double* rest = g + size;
   if (settings.solver == Solver::kAdam) return adam(vectors, function, rest, x, g, size, settings);
-  if (settings.solver == Solver::kSinkhorn) {
-    return sinkhorn(vectors, function, x, g, a, options.m, settings);
-  }
+  if (settings.solver == Solver::kSinkhorn) return sinkhorn(vectors, function, x, g, settings);
   if (settings.smoothing > 0) {
-    return continuation(vectors, function, room, x, settings.max_iter, b, settings);
+    return continuation(vectors, function, smoothed, room, x, steps, settings);
   }
   const bool bounded = options.reg == Reg::kSparse && options.k < options.m;
-  if (settings.solver != Solver::kAuto || !bounded) {
-    return lbfgs(vectors, function, rest, x, g, size, limits_of(settings, settings.max_iter));
-  }
+  const bool automatic = settings.solver == Solver::kAuto && bounded;
+  const bool few_columns = 4 * options.n <= options.m;  // a router: kinks from the first steps on
   Progress first;
-  if (4 * options.n > options.m) {  // else a router: kinks from the first steps on
-    first = lbfgs(vectors, function, rest, x, g, size, limits_of(settings, settings.max_iter / 2));
-    if (first.status == kConverged) return first;
+  if (!(automatic && few_columns)) {
+    const int64_t share = automatic ? steps / 2 : steps;
+    first = lbfgs(vectors, function, rest, x, g, size, limits_of(settings, share));
+    if (!automatic || first.status == kConverged) return first;
   }
-  Progress second =
-      continuation(vectors, function, room, x, settings.max_iter - first.iterations, b, settings);
+  const int64_t left = steps - first.iterations;
+  const bool kink = few_columns || function.report(x, settings.tol, room).tied > 0;
+  Progress second = kink ? continuation(vectors, function, smoothed, room, x, left, settings)
+                         : lbfgs(vectors, function, rest, x, g, size, limits_of(settings, left));
   second.iterations += first.iterations;
   return second;
 }

@@ -25,7 +25,7 @@ void project(const U* input, const T* total, U* output, T* tau, int64_t rows, in
     std::vector<T> room(2 * n * lanes);
     T* scores = room.data();
     T* found = scores + n * lanes;
-    Tile<T> tile{scores, found, n, k, T(1), Reg::kSparse, false, {}, {}, {}, {}};
+    Tile<T> tile({n, 1, k, 1, Reg::kSparse, false}, scores, found);
     const int64_t end = std::min(rows, (chunk + 1) * kRowsPerChunk);
     for (int64_t first = chunk * kRowsPerChunk; first < end; first += lanes) {
       const int64_t live = std::min(lanes, end - first);
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor> sparse_simplex_projection_backward_cuda(const Tensor&
 #endif
 
 std::optional<std::string> sparse_simplex_projection_supports(const py::args& args) {
-  return too_many_rows(py::cast<Tensor>(args[0]));
+  return too_many_rows(py::cast<Tensor>(args[0]).size(1));
 }
 
 }  // namespace

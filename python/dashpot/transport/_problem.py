@@ -58,8 +58,11 @@ class Problem(NamedTuple):
     k: int  # m where the columns are not bounded
 
 
-def as_problem(cost, a, b, reg, gamma, max_nz, **potentials: tuple[Tensor, int]) -> Problem:
-    """potentials: name=(tensor, axis of cost that it belongs to, -2 or -1)."""
+def as_problem(
+    cost, a, b, reg, gamma, max_nz, along: int = -2, **potentials: tuple[Tensor, int]
+) -> Problem:
+    """potentials: name=(tensor, axis of cost that it belongs to, -2 or -1); along: the axis whose
+    entries max_nz counts."""
     check_tensor(cost, "cost")
     if cost.dim() < 2:
         raise ValueError(f"cost: expected (..., m, n), got {tuple(cost.shape)}")
@@ -71,11 +74,11 @@ def as_problem(cost, a, b, reg, gamma, max_nz, **potentials: tuple[Tensor, int])
     if reg == "sparse":
         if max_nz is None:
             raise ValueError('max_nz: expected an int for reg="sparse", got None')
-        k = check_max_nz(max_nz, m)
+        k = check_max_nz(max_nz, cost.shape[along])
     elif max_nz is not None:
         raise ValueError(f"max_nz: expected None for reg={reg!r}, got {max_nz}")
     else:
-        k = m
+        k = cost.shape[along]
     gamma = check_gamma(gamma)
     batch, dtype = cost.shape[:-2], state_dtype(cost)
 

@@ -1,0 +1,100 @@
+// ot_plan: cost (B, m, n), or (B, n, m) with by_rows, b, beta (B, n), alpha (B, m) -> rows, values
+// (B, k, n): each column's nonzeros, descending, -1 and 0 beyond them. One read of the cost: the
+// columns' thresholds (columns.h), then the scores above them.
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "common/bind.h"
+#include "transport/evaluate.h"
+
+namespace dashpot::transport {
+namespace {
+
+// Column `lane` of a solved tile into rows, values (k,), n apart.
+template <class T>
+void write_column(const Options& options, const Tile<T>& tile, int64_t lane, int64_t lanes,
+                  std::vector<int32_t>& order, int32_t* rows, T* values) {
+  const int64_t m = options.m, n = options.n, k = options.k;
+  const T theta = tile.theta[lane], gamma = tile.gamma;
+  const auto score = [&](int32_t i) { return tile.scores[i * lanes + lane]; };
+  if (options.reg == Reg::kNegentropy) {
+    const bool open = options.dual || (tile.mass[lane] > 0 && std::isfinite(theta));
+    for (int64_t i = 0; i < m; ++i) {
+      rows[i * n] = static_cast<int32_t>(i);
+      values[i * n] = options.dual ? std::exp(score(i) / gamma - 1)
+                      : open       ? tile.mass[lane] * std::exp((score(i) - theta) / gamma)
+                                   : T(0);
+    }
+    return;
+  }
+  order.clear();
+  for (int64_t i = 0; i < m; ++i) {
+    if (score(i) > theta) order.push_back(static_cast<int32_t>(i));
+  }
+  const auto before = [&](int32_t i, int32_t j) {
+    return score(i) > score(j) || (score(i) == score(j) && i < j);
+  };
+  if (static_cast<int64_t>(order.size()) > k) {
+    std::nth_element(order.begin(), order.begin() + k, order.end(), before);
+    order.resize(k);
+  }
+  std::sort(order.begin(), order.end(), before);
+  for (int64_t q = 0; q < k; ++q) {
+    const bool filled = q < static_cast<int64_t>(order.size());
+    rows[q * n] = filled ? order[q] : -1;
+    values[q * n] = filled ? (score(order[q]) - theta) / gamma : T(0);
+  }
+}
+
+std::tuple<Tensor, Tensor> ot_plan_forward(const Tensor& cost, const Tensor& b, const Tensor& alpha,
+                                           const Tensor& beta, bool by_rows, const std::string& reg,
+                                           double gamma, int64_t max_nz,
+                                           const std::string& formulation) {
+  const int64_t batch = cost.size(0), m = alpha.size(1), n = b.size(1);
+  const Options options{m, n, max_nz, gamma, reg_of(reg), formulation == "dual"};
+  const std::tuple<Tensor, Tensor> out{b.new_empty({batch, max_nz, n}, Dtype::kInt32),
+                                       b.new_empty({batch, max_nz, n}, b.dtype)};
+  const auto& [rows, values] = out;
+  const int threads = num_threads();
+  const py::gil_scoped_release release;
+  dispatch_floating(cost.dtype, [&](auto element) {
+    using C = decltype(element);
+    using T = std::conditional_t<std::is_same_v<C, double>, double, float>;
+    const Cost<C> all{cost.as<C>(), by_rows ? 1 : n, by_rows ? m : 1};
+    const int64_t width = columns_per_chunk(n), chunks = (n + width - 1) / width;
+    const int64_t lanes = vector_bytes(isa()) / sizeof(T);
+    parallel_for(batch * chunks, threads, [&](int64_t item) {
+      const int64_t p = item / chunks, begin = item % chunks * width;
+      std::vector<double> row_sums(m);
+      std::vector<T> column(n);
+      std::vector<int32_t> order;
+      evaluate_columns<T, C>(options, alpha.as<T>() + p * m,
+                             options.dual ? beta.as<T>() + p * n : nullptr, b.as<T>() + p * n,
+                             all.at(p, m * n), begin, std::min(n, begin + width), row_sums.data(),
+                             PerColumn<T>{column.data(), nullptr, nullptr},
+                             [&](const Tile<T>& tile, int64_t first, int64_t count) {
+                               for (int64_t lane = 0; lane < count; ++lane) {
+                                 const int64_t at = p * max_nz * n + first + lane;
+                                 write_column<T>(options, tile, lane, lanes, order,
+                                                 rows.as<int32_t>() + at, values.as<T>() + at);
+                               }
+                             });
+    });
+  });
+  return out;
+}
+
+std::optional<std::string> ot_plan_supports(const py::args& args) {
+  return too_many_rows(py::cast<Tensor>(args[2]).size(1));
+}
+
+}  // namespace
+
+DASHPOT_BIND(m) {
+  m.def("ot_plan_forward", &ot_plan_forward);
+  m.def("ot_plan_supports", &ot_plan_supports);
+}
+
+}  // namespace dashpot::transport

@@ -1,0 +1,186 @@
+// A whole solve of one problem on the CPU: max of the dual or semi-dual over the potentials, as
+// solvers.h climbs it; solve.cuh is the device's form.
+//
+// The potentials are doubles; the tiles of an evaluation are of the state's type T. Whatever the
+// path, what is reported is of the function itself, at the potentials returned.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "transport/evaluate.h"
+#include "transport/solvers.h"
+#include "transport/vectors.h"
+
+namespace dashpot::transport {
+
+inline Solver solver_of(const std::string& name) {
+  return name == "adam"       ? Solver::kAdam
+         : name == "lbfgs"    ? Solver::kLbfgs
+         : name == "newton"   ? Solver::kNewton
+         : name == "sinkhorn" ? Solver::kSinkhorn
+                              : Solver::kAuto;
+}
+
+// The function to be minimised, minus the (semi-)dual, of x = alpha, or (alpha, beta).
+template <class T, class C>
+class Negated {
+ public:
+  double noise = sizeof(T) == 8 ? 1e-14 : 1e-7;  // rounding of a value, relative
+  double scale;
+  int64_t evaluations = 0;
+
+  Negated(const Options& options, const Cost<C>& cost, const T* a, const T* b, int threads)
+      : options_(options),
+        cost_(cost),
+        a_(a),
+        b_(b),
+        threads_(threads),
+        alpha_(options.m),
+        beta_(options.n),
+        level_(options.n),
+        column_(options.n) {
+    for (int64_t i = 0; i < options.m; ++i) mass_ += a[i];
+    scale =
+        options.gamma / std::max(1e-300, options.reg == Reg::kNegentropy ? mass_ / options.m : 1.0);
+  }
+
+  int64_t size() const { return options_.m + (options_.dual ? options_.n : 0); }
+  void smooth(double mu) {
+    options_.smoothing = mu;
+    std::fill(level_.begin(), level_.end(), T(0));
+  }
+
+  double operator()(const double* x, double* g) {
+    const int64_t m = options_.m, n = options_.n;
+    std::copy_n(x, m, alpha_.data());
+    if (options_.dual) std::copy_n(x + m, n, beta_.data());
+    double obj;
+    evaluate<T, C, double>(options_, 1, alpha_.data(), options_.dual ? beta_.data() : nullptr,
+                           cost_, a_, b_, &obj, g, options_.dual ? g + m : column_.data(),
+                           options_.smoothing > 0 ? level_.data() : nullptr, nullptr, scratch_,
+                           threads_);
+    for (int64_t i = 0; i < size(); ++i) g[i] = -g[i];
+    ++evaluations;
+    return -obj;
+  }
+
+  // The larger of the marginals' errors, L1, per unit of mass.
+  double error(const double* g) const {
+    double rows = 0, columns = 0;
+    for (int64_t i = 0; i < options_.m; ++i) rows += std::fabs(g[i]);
+    for (int64_t i = options_.m; i < size(); ++i) columns += std::fabs(g[i]);
+    return std::max(rows, columns) / std::max(mass_, 1e-300);
+  }
+
+  // Masses of the rows and of the columns.
+  double a(int64_t i) const { return a_[i]; }
+  double b(int64_t j) const { return b_[j]; }
+  // Semi-dual: beta of a column, of the last evaluation.
+  double beta(int64_t j) const { return column_[j]; }
+
+  // value, errors, gap and ties at x; beta (n,) of the semi-dual. The last evaluation of a solve.
+  Report report(const double* x, double tol, double* beta) {
+    const int64_t m = options_.m, n = options_.n;
+    Options options = options_;
+    options.tie = tol;
+    std::vector<double> g(m), h(n);
+    std::vector<int32_t> tied(n);
+    std::copy_n(x, m, alpha_.data());
+    if (options_.dual) std::copy_n(x + m, n, beta_.data());
+    Report found{};
+    evaluate<T, C, double>(options, 1, alpha_.data(), options_.dual ? beta_.data() : nullptr, cost_,
+                           a_, b_, &found.value, g.data(), h.data(), nullptr, tied.data(), scratch_,
+                           threads_);
+    ++evaluations;
+    // primal(T) - dual = alpha . (T 1 - a) + beta . (T^T 1 - b); semi-dual: the last is 0
+    for (int64_t i = 0; i < m; ++i) {
+      found.row_l1 += std::fabs(g[i]);
+      found.row_max = std::max(found.row_max, std::fabs(g[i]));
+      found.gap -= alpha_[i] * g[i];
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      if (options_.dual) {
+        beta[j] = x[m + j];
+      } else {
+        beta[j] = h[j];
+        // theta = -inf: no row can be chosen; the mass stays away
+        h[j] = std::isfinite(h[j]) || !(b_[j] > 0) ? 0 : b_[j];
+        if (h[j] > 0) found.status = kInfeasible;
+      }
+      found.col_l1 += std::fabs(h[j]);
+      found.col_max = std::max(found.col_max, std::fabs(h[j]));
+      if (options_.dual) found.gap -= beta_[j] * h[j];
+      found.tied += tied[j];
+    }
+    return found;
+  }
+
+ private:
+  Options options_;
+  Cost<C> cost_;
+  const T* a_;
+  const T* b_;
+  int threads_;
+  double mass_ = 0;
+  std::vector<T> alpha_, beta_, level_;
+  std::vector<double> column_;
+  Scratch<T> scratch_;
+};
+
+template <class T, class C>
+class Solve {
+ public:
+  Solve(const Settings& settings, const Cost<C>& cost, const T* a, const T* b, int threads)
+      : settings_(settings), cost_(cost), a_(a), b_(b), threads_(threads) {}
+
+  // alpha (m,), beta (n,): where to start (beta is taken by the dual), then the solution.
+  Report operator()(double* alpha, double* beta) {
+    const Options& options = settings_.options;
+    const int64_t m = options.m, n = options.n;
+    Negated<T, C> function(options, cost_, a_, b_, threads_);
+    // In double: shares (h - lambda) / mu magnify the rounding of h by h / mu.
+    const std::vector<double> a(a_, a_ + m), b(b_, b_ + n);
+    Options dual = options;
+    dual.dual = true;
+    Negated<double, C> smoothed(dual, cost_, a.data(), b.data(), threads_);
+    std::vector<double> x(m + n), room(solve_room(m, n));
+    std::copy_n(alpha, m, x.data());
+    std::copy_n(beta, n, x.data() + m);
+    Alone alone;
+    const Progress done = climb(alone, function, smoothed, room.data(), x.data(), settings_);
+    Report found = function.report(x.data(), settings_.tol, beta);
+    std::copy_n(x.data(), m, alpha);
+    found.iterations = static_cast<int32_t>(done.iterations);
+    found.evaluations = static_cast<int32_t>(function.evaluations + smoothed.evaluations);
+    if (found.status != kInfeasible) found.status = blocked() ? kInfeasible : done.status;
+    return found;
+  }
+
+ private:
+  // Rows with mass and no admissible pair, or more rows with mass than places: no plan exists.
+  bool blocked() const {
+    const Options& options = settings_.options;
+    int64_t rows = 0;
+    for (int64_t i = 0; i < options.m; ++i) {
+      if (!(a_[i] > 0)) continue;
+      ++rows;
+      bool open = false;
+      for (int64_t j = 0; j < options.n && !open; ++j) {
+        open = std::isfinite(convert<T>(cost_.data[i * cost_.row + j * cost_.column]));
+      }
+      if (!open) return true;
+    }
+    return options.n * options.k < rows;
+  }
+
+  Settings settings_;
+  Cost<C> cost_;
+  const T* a_;
+  const T* b_;
+  int threads_;
+};
+
+}  // namespace dashpot::transport

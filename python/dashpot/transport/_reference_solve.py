@@ -1,0 +1,222 @@
+"""The solvers of `ot_solve` in PyTorch: a batch at once, every problem at its own pace.
+
+No solver asks the host for a number on a GPU: problems that are done stand still behind a mask, and
+the loops have fixed lengths. (On the CPU, where asking costs nothing, they end with the last
+problem.) Functions here minimise f = minus the dual; x (B, N) is alpha, or alpha and beta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CONVERGED, MAX_ITER, STALLED, INFEASIBLE = range(4)
+PAIRS = 10  # of L-BFGS, as SciPy's
+WINDOW = 20  # steps over which progress is judged
+CLOSED = -1e30  # potential of a row without mass under negative entropy
+
+
+class Function(NamedTuple):
+    """f and gradient at x, and how far x is from a solution."""
+
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]]  # x (B, N) -> f (B,), g (B, N)
+    error: Callable[[Tensor], Tensor]  # g (B, N) -> the larger marginal error per mass (B,)
+    scale: Tensor | float  # length of the first step along -g
+    noise: float  # rounding of f, relative
+
+
+class Progress(NamedTuple):
+    x: Tensor  # (B, N)
+    iterations: Tensor  # (B,) int32
+    evaluations: Tensor  # (B,) int32
+    status: Tensor  # (B,) int32
+
+
+def _over(done: Tensor) -> bool:
+    return done.device.type == "cpu" and bool(done.all())
+
+
+def adam(function: Function, x: Tensor, max_iter: int, tol: float, lr: float) -> Progress:
+    """optax.adam with its constants."""
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    done = torch.zeros_like(x[:, 0], dtype=torch.bool)
+    steps, calls = (
+        torch.zeros_like(done, dtype=torch.int32),
+        torch.zeros_like(done, dtype=torch.int32),
+    )
+    for step in range(1, max_iter + 1):
+        _, g = function.evaluate(x)
+        calls = calls + (~done).int()
+        done = done | (function.error(g) <= tol)
+        if _over(done):
+            break
+        first = first + 0.1 * (g - first)
+        second = second + 0.001 * (g * g - second)
+        move = lr * (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        x = torch.where(done[:, None], x, x - move)
+        steps = steps + (~done).int()
+    return Progress(x, steps, calls, torch.where(done, CONVERGED, MAX_ITER).int())
+
+
+def sinkhorn(
+    function: Function, x: Tensor, a: Tensor, gamma: float, max_iter: int, tol: float
+) -> Progress:
+    """alpha += gamma (log a - log T 1): the semi-dual's gradient holds T 1, so that an iteration
+    reads the cost once. A row sum that underflows counts as 1e-37: the next step goes on."""
+    done = torch.zeros_like(x[:, 0], dtype=torch.bool)
+    steps, calls = (
+        torch.zeros_like(done, dtype=torch.int32),
+        torch.zeros_like(done, dtype=torch.int32),
+    )
+    for _ in range(max_iter):
+        _, g = function.evaluate(x)  # T 1 - a
+        calls = calls + (~done).int()
+        done = done | (function.error(g) <= tol)
+        if _over(done):
+            break
+        moved = x + gamma * (a.log() - (g + a).clamp(min=1e-37).log())
+        moved = torch.where(a > 0, moved, CLOSED)
+        x = torch.where(done[:, None], x, moved)
+        steps = steps + (~done).int()
+    return Progress(x, steps, calls, torch.where(done, CONVERGED, MAX_ITER).int())
+
+
+def _direction(g: Tensor, s: Tensor, y: Tensor, bend: Tensor, scale: Tensor) -> Tensor:
+    """-H g by the two loops. g (B, N); pairs s, y (P, B, N), newest last; bend = s.y (P, B), 0 for
+    a pair that is not there; scale (B,) of the first guess of H."""
+    inverse = torch.where(bend > 0, 1 / bend.clamp(min=1e-300), 0)
+    d, shares = -g, []
+    for i in reversed(range(PAIRS)):
+        shares.append((s[i] * d).sum(1) * inverse[i])
+        d = d - shares[-1][:, None] * y[i]
+    d = d * scale[:, None]
+    for i in range(PAIRS):
+        back = (y[i] * d).sum(1) * inverse[i]
+        d = d + (shares[PAIRS - 1 - i] - back)[:, None] * s[i]
+    return d
+
+
+def lbfgs(
+    function: Function, x: Tensor, max_iter: int, max_eval: int, tol: float, stall: float
+) -> Progress:
+    """L-BFGS; bisection for the weak Wolfe conditions, which makes progress at kinks. One pass of
+    the loop is one evaluation of every problem, wherever it stands in its line search."""
+    f, g = function.evaluate(x)
+    batch = x.shape[0]
+    s, y = x.new_zeros(PAIRS, batch, x.shape[1]), x.new_zeros(PAIRS, batch, x.shape[1])
+    bend = x.new_zeros(PAIRS, batch)
+    past = x.new_full((WINDOW, batch), torch.inf)
+    first = function.scale * torch.ones_like(f)
+    d = -first[:, None] * g
+    t, low, high = torch.ones_like(f), torch.zeros_like(f), torch.full_like(f, torch.inf)
+    trials = torch.zeros_like(f)
+    steps = torch.zeros_like(f, dtype=torch.int32)
+    calls = torch.ones_like(steps)
+    status = torch.where(function.error(g) <= tol, CONVERGED, -1)
+    for _ in range(max_eval - 1):
+        going = status < 0
+        if _over(~going):
+            break
+        slope = (g * d).sum(1)  # (B,)
+        tried = x + t[:, None] * d
+        f_next, g_next = function.evaluate(tried)
+        calls, trials = calls + going.int(), trials + 1
+        slope_next = (g_next * d).sum(1)
+        near = (f_next <= f + function.noise * f.abs()) & (slope_next <= -0.9998 * slope)
+        lower = (f_next <= f + 1e-4 * t * slope) | near
+        flat = slope_next >= 0.9 * slope
+        given_up = (trials >= 25) | ~(slope < 0)
+        step = going & ((lower & flat) | (given_up & (low > 0) & (f_next < f)))
+        restart = going & given_up & ~step
+        known = (bend > 0).any(0)
+        status = torch.where(restart & ~known, STALLED, status)
+        high = torch.where(lower, high, t)
+        low = torch.where(lower, t, low)
+        t = torch.where(high.isinf(), 2 * t, (low + high) / 2)
+
+        ds, dy = tried - x, g_next - g
+        turn = (ds * dy).sum(1)
+        keep = step & (turn > 1e-14 * ((ds * ds).sum(1) * (dy * dy).sum(1)).sqrt())
+        push = keep[None, :, None]
+        s = torch.where(push, torch.cat([s[1:], ds[None]]), s)
+        y = torch.where(push, torch.cat([y[1:], dy[None]]), y)
+        bend = torch.where(keep, torch.cat([bend[1:], turn[None]]), bend)
+        bend = torch.where(restart, 0, bend)
+        x, g = torch.where(step[:, None], tried, x), torch.where(step[:, None], g_next, g)
+        f = torch.where(step, f_next, f)
+        steps = steps + step.int()
+        stuck = past[0] - f <= stall * f.abs().clamp(min=1)
+        past = torch.where(step, torch.cat([past[1:], f[None]]), past)
+        status = torch.where(step & (steps >= max_iter), MAX_ITER, status)
+        status = torch.where(step & stuck, STALLED, status)
+        status = torch.where(step & (function.error(g) <= tol), CONVERGED, status)
+        fresh = step | restart
+        last = y[-1]
+        scale = torch.where(bend[-1] > 0, bend[-1] / (last * last).sum(1).clamp(min=1e-300), first)
+        d = torch.where(fresh[:, None], _direction(g, s, y, bend, scale), d)
+        t = torch.where(fresh, 1, t)
+        low, high = torch.where(fresh, 0, low), torch.where(fresh, torch.inf, high)
+        trials = torch.where(fresh, 0, trials)
+    return Progress(x, steps, calls, torch.where(status < 0, MAX_ITER, status).int())
+
+
+def newton(
+    function: Function, hessian: Callable[[Tensor], Tensor], x: Tensor, max_iter: int, tol: float
+) -> Progress:
+    """Semismooth Newton: (H + delta) d = -g with H = (diag(W 1) - W diag(1 / r) W^T) / gamma on the
+    support W of the plan; steps are halved until f falls."""
+    f, g = function.evaluate(x)
+    steps = torch.zeros_like(f, dtype=torch.int32)
+    calls = torch.ones_like(steps)
+    status = torch.where(function.error(g) <= tol, CONVERGED, -1)
+    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    for _ in range(max_iter):
+        going = status < 0
+        if _over(~going):
+            break
+        h = hessian(x)  # (B, m, m)
+        size = h.diagonal(dim1=1, dim2=2).amax(1).clamp(min=1e-300)  # (B,)
+        # Singular along constants and where rows hold nothing: as much damping as there is error.
+        damping = size * (1e-12 + 1e-3 * function.error(g).clamp(max=1))
+        d = torch.linalg.solve(h + damping[:, None, None] * eye, -g)  # (B, m)
+        slope = (g * d).sum(1)
+        t = torch.ones_like(f)
+        moved = torch.zeros_like(going)
+        for _ in range(20):
+            tried = x + t[:, None] * d
+            f_next, g_next = function.evaluate(tried)
+            calls = calls + (going & ~moved).int()
+            fine = f_next <= f + 1e-4 * t * slope
+            fine = fine | (f_next <= f + function.noise * f.abs()) & (
+                function.error(g_next) < function.error(g)
+            )
+            take = going & fine & ~moved
+            x, f = torch.where(take[:, None], tried, x), torch.where(take, f_next, f)
+            g = torch.where(take[:, None], g_next, g)
+            moved = moved | take
+            if _over(moved | ~going):
+                break
+            t = torch.where(moved, t, t / 2)
+        steps = steps + moved.int()
+        status = torch.where(going & ~moved, STALLED, status)
+        status = torch.where(moved & (function.error(g) <= tol), CONVERGED, status)
+    return Progress(x, steps, calls, torch.where(status < 0, MAX_ITER, status).int())
+
+
+def smoothed_dual(s: Tensor, gamma: float, k: int, mu: float) -> tuple[Tensor, Tensor]:
+    """Omega+ (B, n) and T (B, m, n) of max {sum theta h - mu/2 theta^2 : 0 <= theta <= 1, sum theta
+    <= k}, h = [s]+^2 / (2 gamma): theta = clip((h - level) / mu, 0, 1), T = theta [s]+ / gamma."""
+    positive = s.clamp(min=0)
+    h = positive.square() / (2 * gamma)  # (B, m, n)
+    low, high = torch.zeros_like(h[:, 0]), h.amax(1)  # (B, n)
+    active = (h / mu).clamp(max=1).sum(1) > k
+    for _ in range(60):
+        middle = (low + high) / 2
+        over = ((h - middle[:, None]) / mu).clamp(0, 1).sum(1) > k
+        low, high = torch.where(over, middle, low), torch.where(over, high, middle)
+    level = torch.where(active, (low + high) / 2, 0)
+    theta = ((h - level[:, None]) / mu).clamp(0, 1)
+    return (theta * (h - mu / 2 * theta)).sum(1), theta * positive / gamma

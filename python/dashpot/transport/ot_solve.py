@@ -1,0 +1,242 @@
+"""The op `ot_solve`: a whole solve of every problem of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dashpot._dispatch import declare
+from dashpot.transport import _reference_solve as solvers
+from dashpot.transport._problem import random_problem
+from dashpot.transport._reference_solve import CONVERGED, INFEASIBLE, MAX_ITER, STALLED, Function
+from dashpot.transport.ot_dual_value_grad import OT_DUAL_VALUE_GRAD, _ot_dual_value_grad_reference
+from dashpot.transport.ot_semidual_value_grad import (
+    OT_SEMIDUAL_VALUE_GRAD,
+    _ot_semidual_value_grad_reference,
+)
+
+
+class _Problem:
+    """What the solvers ask of a batch: cost (B, m, n), a (B, m), b (B, n). On a GPU evaluations are
+    the ops, hence kernels; elsewhere plain PyTorch, which is what kernels are judged by."""
+
+    def __init__(self, cost, a, b, reg, gamma, k):
+        self.cost, self.a, self.b, self.reg, self.gamma, self.k = cost, a, b, reg, gamma, k
+        self.m = a.shape[1]
+        self.mass = a.sum(1).clamp(min=1e-300 if a.dtype == torch.float64 else 1e-37)  # (B,)
+        self.noise = 1e-14 if a.dtype == torch.float64 else 1e-7
+        on_gpu = cost.device.type == "cuda"
+        self._semi = OT_SEMIDUAL_VALUE_GRAD if on_gpu else _ot_semidual_value_grad_reference
+        self._dual = OT_DUAL_VALUE_GRAD if on_gpu else _ot_dual_value_grad_reference
+
+    def semi_dual(self, alpha):
+        return self._semi(alpha, self.cost, self.a, self.b, self.reg, self.gamma, self.k)
+
+    def dual(self, alpha, beta):
+        return self._dual(alpha, beta, self.cost, self.a, self.b, self.reg, self.gamma, self.k)
+
+    def split(self, x):
+        return x[:, : self.m], x[:, self.m :]
+
+    def negated_semi_dual(self, alpha):
+        value, grad, _ = self.semi_dual(alpha)
+        return -value, -grad
+
+    def negated_dual(self, x):
+        value, *grads = self.dual(*self.split(x))
+        return -value, -torch.cat(grads, 1)
+
+    def negated_smoothed(self, x, mu):
+        alpha, beta = self.split(x)
+        s = alpha[:, :, None] + beta[:, None] - self.cost.to(self.a.dtype)  # (B, m, n)
+        energy, plan = solvers.smoothed_dual(s, self.gamma, self.k, mu)
+        value = (self.a * alpha).sum(1) + (self.b * beta).sum(1) - energy.sum(1)
+        return -value, -torch.cat([self.a - plan.sum(2), self.b - plan.sum(1)], 1)
+
+    def error(self, g):
+        rows, columns = self.split(g.abs())
+        return torch.maximum(rows.sum(1), columns.sum(1)) / self.mass
+
+    def function(self, evaluate) -> Function:
+        per_mass = (self.mass / self.m)[:, None] if self.reg == "negentropy" else 1.0
+        scale = self.gamma / per_mass
+        scale = scale[:, 0] if isinstance(scale, Tensor) else scale
+        return Function(evaluate, self.error, scale, self.noise)
+
+    def hessian(self, alpha):
+        """Of minus the semi-dual, l2: (diag(W 1) - W diag(1 / r) W^T) / gamma."""
+        _, _, beta = self.semi_dual(alpha)
+        s = alpha[:, :, None] + beta[:, None] - self.cost.to(self.a.dtype)
+        support = (s > 0).to(self.a.dtype)  # (B, m, n)
+        count = support.sum(1, keepdim=True).clamp(min=1)  # (B, 1, n)
+        return (torch.diag_embed(support.sum(2)) - support / count @ support.mT) / self.gamma
+
+
+def _continuation(problem, start, formulation, max_iter, tol, smoothing):
+    """The smoothed dual, mu falling by tenths: -> potentials of the best dual seen, progress."""
+    alpha, beta = problem.split(start)
+    _, _, eliminated = problem.semi_dual(alpha)
+    beta = beta if formulation == "dual" else torch.where(eliminated.isfinite(), eliminated, 0)
+    own = problem.negated_dual if formulation == "dual" else problem.negated_semi_dual
+    width = start.shape[1]
+    y = torch.cat([alpha, beta], 1)
+    best, found = y, own(y[:, :width])[0]
+    # Half the energy of an even column, in the mean over the batch's columns: the host's number
+    # where the caller gave none is the largest that masses of mean 1 / n can have.
+    share = problem.b.mean(1) / problem.k  # (B,)
+    energy = problem.gamma / 2 * share.square()  # (B,)
+    steps = torch.zeros_like(found, dtype=torch.int32)
+    calls, status = steps + 1, torch.full_like(steps, -1)
+    for stage in range(6):
+        floor = smoothing if smoothing > 0 else 2e-5 * energy
+        mu = torch.maximum(energy * 0.5 * 0.1**stage, torch.as_tensor(floor).to(energy))  # (B,)
+        limit = torch.clamp(1e-2 * mu / energy, min=tol)
+        width_mu = mu[:, None, None]
+        function = problem.function(lambda x, mu=width_mu: problem.negated_smoothed(x, mu))
+        function = function._replace(error=lambda g, c=limit: problem.error(g) * (tol / c))
+        going = status < 0
+        run = solvers.lbfgs(function, y, max_iter, 2 * max_iter + 20, tol, 1e-3 * tol)
+        y = torch.where(going[:, None], run.x, y)
+        steps = steps + torch.where(going, run.iterations, 0)
+        calls = calls + torch.where(going, run.evaluations + 1, 0)
+        value, grad = own(y[:, :width])
+        better = (value < found) | (smoothing > 0)
+        settled = (value < found) & (found - value <= tol * found.abs().clamp(min=1))
+        best = torch.where((going & better)[:, None], y, best)
+        found = torch.where(going & better, value, found)
+        last = mu <= torch.as_tensor(floor).to(energy)
+        status = torch.where(going & (last | settled), STALLED, status)
+        status = torch.where(going & (steps >= max_iter), MAX_ITER, status)
+        status = torch.where(going & (problem.error(grad) <= tol), CONVERGED, status)
+    return solvers.Progress(
+        best[:, :width], steps, calls, torch.where(status < 0, MAX_ITER, status).int()
+    )
+
+
+def _ot_solve_reference(
+    cost: Tensor, a: Tensor, b: Tensor, alpha: Tensor, beta: Tensor, by_rows: bool, reg: str,
+    gamma: float, max_nz: int, formulation: str, solver: str, max_iter: int, tol: float,
+    smoothing: float, lr: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Maximise the dual or semi-dual from (alpha, beta).
+
+    cost (B, m, n), with by_rows (B, n, m); a, alpha (B, m), b, beta (B, n) -> alpha (B, m),
+    beta (B, n), value (B,), row_error, col_error (B, 2): L1 and Linf, gap (B,) = primal(T) - dual,
+    counts (B, 4) int32: iterations, evaluations, tied columns, status.
+    """
+    cost = cost.mT if by_rows else cost
+    problem = _Problem(cost.contiguous() if cost.is_cuda else cost, a, b, reg, gamma, max_nz)
+    dual = formulation == "dual"
+    x = torch.cat([alpha, beta], 1) if dual else alpha
+    function = problem.function(problem.negated_dual if dual else problem.negated_semi_dual)
+    if solver == "adam":
+        run = solvers.adam(function, x, max_iter, tol, lr)
+    elif solver == "sinkhorn":
+        run = solvers.sinkhorn(function, x, a, gamma, max_iter, tol)
+    elif solver == "newton":
+        run = solvers.newton(function, problem.hessian, x, max_iter, tol)
+    elif smoothing > 0 or (solver == "auto" and reg == "sparse" and max_nz < problem.m):
+        start, first = x, None
+        if solver == "auto" and smoothing == 0 and 4 * b.shape[1] > problem.m:
+            first = solvers.lbfgs(function, x, max_iter // 2, max_iter + 20, tol, 1e-3 * tol)
+            start = first.x
+        run = _continuation(problem, start, formulation, max_iter, tol, smoothing)
+        if first is not None:
+            smooth = _tied(problem, *_potentials(problem, first.x, dual), dual, tol).sum(1) == 0
+            rest = solvers.lbfgs(
+                function, first.x, max_iter - max_iter // 2, 2 * max_iter, tol, 1e-3 * tol
+            )
+            run = solvers.Progress(
+                *(
+                    torch.where(smooth.view(-1, *[1] * (one.dim() - 1)), one, other)
+                    for one, other in zip(rest, run, strict=True)
+                )
+            )
+            solved = first.status == CONVERGED
+            run = solvers.Progress(
+                torch.where(solved[:, None], first.x, run.x),
+                first.iterations + torch.where(solved, 0, run.iterations),
+                first.evaluations + torch.where(solved, 0, run.evaluations),
+                torch.where(solved, first.status, run.status),
+            )
+    else:
+        run = solvers.lbfgs(function, x, max_iter, 2 * max_iter + 20, tol, 1e-3 * tol)
+    return _report(problem, run, dual, tol)
+
+
+def _potentials(problem, x, dual):
+    alpha, beta = problem.split(x)
+    return alpha, beta if dual else problem.semi_dual(alpha)[2]
+
+
+def _tied(problem: _Problem, alpha, beta, dual: bool, tol: float) -> Tensor:
+    """Columns (B, n) whose k-th and next score tie, this one above the threshold."""
+    if problem.reg != "sparse" or problem.k >= problem.m:
+        return torch.zeros_like(problem.b, dtype=torch.bool)
+    s = alpha[:, :, None] + (beta[:, None] if dual else 0) - problem.cost.to(problem.a.dtype)
+    top = s.topk(problem.k + 1, dim=1).values[:, -2:]  # (B, 2, n)
+    reach = tol * top[:, 0].abs().clamp(min=1)
+    return (top[:, 1] > (0 if dual else -beta)) & (top[:, 0] - top[:, 1] <= reach)
+
+
+def _report(problem: _Problem, run: solvers.Progress, dual: bool, tol: float):
+    """What is true of the potentials, whichever way they were found."""
+    alpha, beta = problem.split(run.x)
+    a, b = problem.a, problem.b
+    if dual:
+        value, rows, columns = problem.dual(alpha, beta)
+        lost = torch.zeros_like(b, dtype=torch.bool)
+        gap = -(alpha * rows).sum(1) - (beta * columns).sum(1)
+    else:
+        value, rows, beta = problem.semi_dual(alpha)
+        lost = ~beta.isfinite() & (b > 0)  # no row can be chosen; the mass stays away
+        columns = torch.where(lost, b, 0)
+        gap = -(alpha * rows).sum(1)
+    wide = problem.cost.to(a.dtype)
+    tied = _tied(problem, alpha, beta, dual, tol)
+    blocked = ((a > 0) & ~wide.isfinite().any(2)).any(1)
+    blocked = blocked | ((a > 0).sum(1) > b.shape[1] * problem.k)
+    status = torch.where(lost.any(1) | blocked, INFEASIBLE, run.status)
+    counts = torch.stack([run.iterations, run.evaluations + 1, tied.sum(1), status], 1).int()
+    errors = [torch.stack([e.abs().sum(1), e.abs().amax(1)], 1) for e in (rows, columns)]
+    return alpha.clone(), beta, value, *errors, gap, counts
+
+
+def _ot_solve_fake(cost, a, b, *_):
+    batch = a.shape[0]
+    return (
+        torch.empty_like(a), torch.empty_like(b), a.new_empty(batch), a.new_empty(batch, 2),
+        a.new_empty(batch, 2), a.new_empty(batch), a.new_empty(batch, 4, dtype=torch.int32),
+    )  # fmt: skip
+
+
+def _ot_solve_inputs(size, dtype, device, seed):
+    """size (B, k or a regulariser's name, m, n, solver, max_iter)."""
+    *shape, solver, max_iter = size
+    cost, a, b, alpha, beta, reg, k = random_problem(tuple(shape), dtype, device, seed)
+    # A row that no column may take, or a column without mass, belong to the tests of the file.
+    cost = torch.where(cost.isinf(), 1.0, cost.float()).to(dtype)
+    return (cost, a, b, 0.1 * alpha, 0.1 * beta, False, reg, 0.5, k, "semi_dual", solver, max_iter,
+            1e-6, 0.0, 1e-2)  # fmt: skip
+
+
+def _ot_solve_floor(cost, a, b, *rest):
+    """The cost read once: what a solver that kept it on the chip would do."""
+    return cost.nbytes + 3 * (a.nbytes + b.nbytes), 3 * cost.numel()
+
+
+OT_SOLVE = declare(
+    "ot_solve",
+    forward="(Tensor cost, Tensor a, Tensor b, Tensor alpha, Tensor beta, bool by_rows, str reg,"
+    " float gamma, int max_nz, str formulation, str solver, int max_iter, float tol,"
+    " float smoothing, float lr) -> (Tensor alpha_out, Tensor beta_out, Tensor value,"
+    " Tensor row_error, Tensor col_error, Tensor gap, Tensor counts)",
+    reference=_ot_solve_reference,
+    fake=_ot_solve_fake,
+    inputs=_ot_solve_inputs,
+    floor=_ot_solve_floor,
+    # the solvers whose path does not amplify rounding; the others are tested by what they reach
+    sizes={"test": [(1, 1, 1, 1, "adam", 2), (2, "l2", 12, 9, "adam", 5),
+                    (2, 3, 12, 9, "adam", 5), (3, "negentropy", 33, 17, "sinkhorn", 10)],
+           "bench": [(1, 8, 512, 512, "lbfgs", 500), (64, 32, 256, 16, "adam", 20)]},
+)  # fmt: skip

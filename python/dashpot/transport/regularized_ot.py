@@ -1,0 +1,331 @@
+"""`regularized_ot`: the solver that a user calls, its result, and the gradients through it."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dashpot._arrays import public
+from dashpot.transport._problem import as_problem, check_tensor
+from dashpot.transport.ot_plan import OT_PLAN
+from dashpot.transport.ot_solve import OT_SOLVE
+from dashpot.transport.plans import TopKPlan
+
+SOLVERS = ("auto", "adam", "lbfgs", "newton", "sinkhorn")
+PLANS = ("topk", "csc", "coo", "dense", None)
+CG_STEPS = 500
+
+
+class OTResult(NamedTuple):
+    """What `regularized_ot` returns: tensors on the cost's device, one entry per problem (...).
+
+    Feasibility is reported, not promised: with "sparse" active the plan of a kink misses rows.
+    """
+
+    value: Tensor  # (...) the (semi-)dual's value, a lower bound of the transport problem's
+    alpha: Tensor  # (..., m)
+    beta: Tensor  # (..., n)
+    plan: TopKPlan | Tensor | None
+    n_iter: Tensor  # (...) int32
+    n_eval: Tensor  # (...) int32, reads of the whole cost
+    row_error: Tensor  # (..., 2) |T 1 - a| in L1 and Linf
+    col_error: Tensor  # (..., 2) |T^T 1 - b|
+    gap: Tensor  # (...) <T, C> + Omega(T) - value, of a plan that may be infeasible
+    tied: Tensor  # (...) int32, columns whose k-th and next score tie within tol
+    status: Tensor  # (...) int32: 0 converged, 1 max_iter, 2 no further progress, 3 infeasible
+
+
+def _solver_of(solver: str, reg: str, formulation: str, active: bool) -> str:
+    """auto: Sinkhorn for negative entropy (which the dual lacks), L-BFGS where the function is
+    smooth, and what ot_solve calls "auto" where k bounds the columns."""
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
+    if solver == "sinkhorn" and (reg != "negentropy" or formulation != "semi_dual"):
+        raise ValueError(
+            'solver: "sinkhorn" is for reg="negentropy", formulation="semi_dual", '
+            f"got reg={reg!r}, formulation={formulation!r}"
+        )
+    if solver == "newton" and (reg == "negentropy" or active or formulation != "semi_dual"):
+        raise ValueError(
+            'solver: "newton" is for formulation="semi_dual" and reg="l2", or "sparse" with '
+            f"max_nz of a whole column, got reg={reg!r}, formulation={formulation!r}"
+        )
+    if solver != "auto":
+        return solver
+    if reg == "negentropy":
+        return "sinkhorn" if formulation == "semi_dual" else "lbfgs"
+    return "auto" if active else "lbfgs"
+
+
+def _check_masses(problem) -> None:
+    """On the CPU; on a GPU it would wait for the device, and row_error tells."""
+    if problem.cost.device.type != "cpu":
+        return
+    for name, mass in (("a", problem.a), ("b", problem.b)):
+        if not bool((mass >= 0).all()):
+            raise ValueError(f"{name}: expected masses of at least 0, got {float(mass.min())}")
+    totals = problem.a.sum(1), problem.b.sum(1)  # (B,)
+    if not torch.allclose(*totals, rtol=1e-4, atol=0):
+        raise ValueError(
+            f"b: expected the total of a, {totals[0].tolist()}, got {totals[1].tolist()}"
+        )
+    if bool(problem.cost.isnan().any()):
+        raise ValueError("cost: expected numbers or +inf, got NaN")
+
+
+def _start(init, problem, batch, m, n):
+    """init: None, alpha, or (alpha, beta) -> (B, m), (B, n) contiguous."""
+    alpha, beta = init if isinstance(init, tuple) else (init, None)
+    found = []
+    for name, value, length, mass in (("alpha", alpha, m, problem.a), ("beta", beta, n, problem.b)):
+        if value is None:
+            found.append(torch.zeros_like(mass))
+            continue
+        check_tensor(value, f"init ({name})")
+        if value.shape != (*batch, length):
+            raise ValueError(f"init: expected {name} {(*batch, length)}, got {tuple(value.shape)}")
+        found.append(value.detach().reshape(-1, length).to(mass).contiguous())
+    return found, beta is not None
+
+
+class _Attach(torch.autograd.Function):
+    """Gradients of a finished solve: of its value by the envelope, of its plan implicitly.
+
+    cost (B, m, n), a (B, m), b (B, n), value (B,), values (B, k, n), potentials; rows (B, k, n).
+    """
+
+    @staticmethod
+    def forward(ctx, cost, a, b, value, values, alpha, beta, rows, reg, gamma):
+        ctx.save_for_backward(values, alpha, beta, rows)
+        ctx.reg, ctx.gamma, ctx.shape, ctx.dtype = reg, gamma, cost.shape, cost.dtype
+        return value.clone(), values.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_value, grad_values):
+        values, alpha, beta, rows = ctx.saved_tensors
+        entries = grad_value[:, None, None] * values  # of dL/dC, (B, k, n)
+        grad_a, grad_b = grad_value[:, None] * alpha, grad_value[:, None] * beta
+        grad_a, grad_b = grad_a.nan_to_num(0, 0, 0), grad_b.nan_to_num(0, 0, 0)
+        weight = values if ctx.reg == "negentropy" else (values > 0).to(values.dtype)
+        u, v = _laplacian_solve(weight, rows, weight * grad_values, alpha.shape[1])
+        z = weight * (grad_values - _at_rows(u, rows) - v[:, None])
+        entries = entries - z / ctx.gamma
+        grad_cost = values.new_zeros(ctx.shape).scatter_add_(1, rows.clamp(min=0).long(), entries)
+        return (grad_cost.to(ctx.dtype), grad_a + u, grad_b + v, *[None] * 7)
+
+
+def _at_rows(u: Tensor, rows: Tensor) -> Tensor:
+    """u (B, m) at rows (B, k, n) -> (B, k, n)."""
+    return u.gather(1, rows.clamp(min=0).long().flatten(1)).view(rows.shape)
+
+
+def _row_sums(entries: Tensor, rows: Tensor, m: int) -> Tensor:
+    """Sums (B, m) of entries (B, k, n), in a fixed order on every device."""
+    where = rows.clamp(min=0).long().flatten(1)  # (B, k n)
+    sums = entries.new_zeros(entries.shape[0], m)
+    if entries.device.type == "cpu":
+        return sums.scatter_add_(1, where, entries.flatten(1))
+    # An accumulating index_put sorts the indices first; scatter_add would use atomics.
+    problem = torch.arange(len(sums), device=sums.device)[:, None].expand_as(where)
+    return sums.index_put_((problem, where), entries.flatten(1), accumulate=True)
+
+
+def _laplacian_solve(weight: Tensor, rows: Tensor, rhs: Tensor, m: int) -> tuple[Tensor, Tensor]:
+    """u, v of sum_j W_ij (u_i + v_j) = sum_j R_ij and its transpose, by conjugate gradients with
+    Jacobi's scaling from 0; singular once per connected part, where it takes the least solution.
+    """
+    # One vector: the rows' unknowns, then the columns'.
+    degree = torch.cat([_row_sums(weight, rows, m), weight.sum(1)], 1)  # (B, m + n)
+    inverse = torch.where(degree > 0, 1 / degree, 0)
+
+    def apply(x):
+        u, v = x[:, :m], x[:, m:]
+        across = torch.cat(
+            [_row_sums(weight * v[:, None], rows, m), (weight * _at_rows(u, rows)).sum(1)], 1
+        )
+        return degree * x + across
+
+    residual = torch.cat([_row_sums(rhs, rows, m), rhs.sum(1)], 1)
+    x = torch.zeros_like(residual)
+    scaled = inverse * residual
+    direction, norm = scaled, (residual * scaled).sum(1)  # (B,)
+    end = norm * torch.finfo(norm.dtype).eps ** 2
+    for _ in range(min(CG_STEPS, 2 * residual.shape[1])):
+        if norm.device.type == "cpu" and bool((norm <= end).all()):
+            break
+        image = apply(direction)
+        bend = (direction * image).sum(1)
+        open_ = (norm > end) & (bend > 0)
+        step = torch.where(open_, norm / torch.where(open_, bend, 1), 0)[:, None]
+        x, residual = x + step * direction, residual - step * image
+        scaled = inverse * residual
+        fresh = (residual * scaled).sum(1)
+        ratio = torch.where(open_, fresh / torch.where(open_, norm, 1), 0)[:, None]
+        direction, norm = scaled + ratio * direction, torch.where(open_, fresh, norm)
+    return x[:, :m], x[:, m:]
+
+
+@public
+def regularized_ot(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    reg: Literal["negentropy", "l2", "sparse"] = "sparse",
+    gamma: float = 1.0,
+    max_nz: int | None = None,
+    sparse_dim: int = -2,
+    formulation: Literal["semi_dual", "dual"] = "semi_dual",
+    solver: Literal["auto", "adam", "lbfgs", "newton", "sinkhorn"] = "auto",
+    max_iter: int = 500,
+    tol: float = 1e-6,
+    init: Tensor | tuple[Tensor, Tensor] | None = None,
+    smoothing: float = 0.0,
+    plan: Literal["topk", "csc", "coo", "dense"] | None = "topk",
+    differentiable: Literal["envelope", "plan"] | None = "envelope",
+    lr: float = 1e-2,
+) -> OTResult:
+    r"""Optimal transport with a regulariser, also with at most `max_nz` nonzeros per column.
+
+    :math:`\min_{T \ge 0} \langle T, C\rangle + \sum_j \Omega(t_j)` over :math:`T\mathbf 1 = a,
+    T^T\mathbf 1 = b`, through its dual or semi-dual (see `ot_dual_value_grad`,
+    `ot_semidual_value_grad`), for every problem of a batch on its own.
+
+    Args:
+        cost: (..., m, n) float64, float32, bfloat16, float16; +inf forbids a pair.
+        a: (..., m) row masses, of any total; None: uniform, sum 1.
+        b: (..., n) column masses, of the same total; None: uniform, sum 1.
+        reg: "negentropy", "l2", or "sparse": l2 with at most `max_nz` entries per column.
+        gamma: strength of the regulariser, > 0.
+        max_nz: k of "sparse", at least 1; more than a column has means no bound.
+        sparse_dim: -2: `max_nz` (and the semi-dual's exact sums) are of columns; -1: of rows. The
+            cost is read as it lies, not transposed.
+        formulation: "semi_dual": the marginals along `sparse_dim` are exact; "dual": neither is
+            until the end.
+        solver: "adam" (the router's recipe, `lr`), "lbfgs", "newton" (l2 or no bound),
+            "sinkhorn" (negentropy), "auto": sinkhorn, lbfgs, or for a bound that is active lbfgs
+            and then the smoothed dual with falling smoothing, which passes the kinks where L-BFGS
+            stops (from the start where columns are few, as in a router).
+        max_iter: steps at most, 500 as in POT.
+        tol: marginal error per mass (L1) at which a problem stops, and the distance of `tied`.
+        init: alpha, or for the dual (alpha, beta), where to start; None: 0 (the dual: alpha 0 and
+            the semi-dual's beta, for its gradient vanishes at 0).
+        smoothing: mu > 0: maximise the dual whose choice of k entries is smoothed by mu, falling
+            to it from above; value and plan returned are still those of `formulation`.
+        plan: "topk" (`TopKPlan`), "coo" or "csc" (`torch.sparse`; wait for the device), "dense",
+            or None.
+        differentiable: "envelope": the value's gradients (T, alpha, beta); "plan": the plan's
+            values too, exact where nothing ties; None: no gradient.
+        lr: step of "adam", 1e-2 in the official router.
+
+    Returns:
+        `OTResult`. Where `status` is 3 no plan meets the marginals (a row or column without an
+        admissible pair, or n * max_nz less than the rows with mass).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. Masses and NaN
+        are looked at on the CPU only: on a GPU that would wait for the device.
+
+    Nothing here waits for a GPU but "coo" and "csc"; on the CPU loops end with the last problem.
+
+    Source: Sparsity-Constrained Optimal Transport, arXiv 2209.15466; POT's `ot.smooth`.
+    """
+    if sparse_dim not in (-2, -1):
+        raise ValueError(f"sparse_dim: expected -2 or -1, got {sparse_dim}")
+    if formulation not in ("semi_dual", "dual"):
+        raise ValueError(f'formulation: expected "semi_dual" or "dual", got {formulation!r}')
+    if plan not in PLANS:
+        raise ValueError(f"plan: expected one of {PLANS}, got {plan!r}")
+    if differentiable not in ("envelope", "plan", None):
+        raise ValueError(
+            f'differentiable: expected "envelope", "plan" or None, got {differentiable!r}'
+        )
+    if not isinstance(max_iter, int) or isinstance(max_iter, bool) or max_iter < 1:
+        raise ValueError(f"max_iter: expected an int of at least 1, got {max_iter!r}")
+    for name, value, least in (("tol", tol, 0), ("smoothing", smoothing, 0), ("lr", lr, 0)):
+        if not isinstance(value, int | float) or not value >= least:
+            raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
+    by_rows = sparse_dim == -1
+    if by_rows:
+        check_tensor(cost, "cost")
+        problem = as_problem(cost, a, b, reg, gamma, max_nz, along=-1)
+    else:
+        problem = as_problem(cost, a, b, reg, gamma, max_nz)
+    if smoothing > 0 and reg != "sparse":
+        raise ValueError(f"smoothing: expected 0 for reg={reg!r}, got {smoothing}")
+    with torch.no_grad():
+        _check_masses(problem)
+        m, n = problem.cost.shape[-2:]
+        # From here on "columns" are what max_nz bounds: with sparse_dim=-1 the rows.
+        free, bound = (problem.b, problem.a) if by_rows else (problem.a, problem.b)
+        (alpha, beta), has_beta = _start(
+            init[::-1] if by_rows and isinstance(init, tuple) else init,
+            problem._replace(a=free, b=bound), problem.batch, free.shape[1], bound.shape[1],
+        )  # fmt: skip
+        detached = problem.cost.detach()
+        how = _solver_of(solver, reg, formulation, reg == "sparse" and problem.k < free.shape[1])
+        if formulation == "dual" and not has_beta:
+            beta = _eliminated(detached, free, bound, alpha, by_rows, reg, problem)
+        alpha, beta, value, free_error, bound_error, gap, counts = OT_SOLVE(
+            detached, free.detach(), bound.detach(), alpha, beta, by_rows, reg, problem.gamma,
+            problem.k, formulation, how, max_iter, float(tol), float(smoothing), float(lr),
+        )  # fmt: skip
+        wants_grad = differentiable is not None and any(
+            x is not None and x.requires_grad for x in (cost, a, b)
+        )
+        rows = values = None
+        if plan is not None or wants_grad:
+            rows, values = OT_PLAN(
+                detached, bound.detach(), alpha, beta, by_rows, reg, problem.gamma, problem.k,
+                formulation,
+            )  # fmt: skip
+    if wants_grad and torch.is_grad_enabled():
+        turned = problem.cost.mT if by_rows else problem.cost
+        value, kept = _Attach.apply(
+            turned, free, bound, value, values, alpha, beta, rows, reg, problem.gamma
+        )
+        values = kept if differentiable == "plan" else values
+
+    batch = problem.batch
+    row_error, col_error = (bound_error, free_error) if by_rows else (free_error, bound_error)
+    potentials = (beta, alpha) if by_rows else (alpha, beta)
+    counts = counts.reshape(*batch, 4)
+    return OTResult(
+        value.reshape(batch),
+        potentials[0].reshape(*batch, m),
+        potentials[1].reshape(*batch, n),
+        _deliver(plan, rows, values, batch, m, n, sparse_dim),
+        counts[..., 0], counts[..., 1],
+        row_error.reshape(*batch, 2), col_error.reshape(*batch, 2), gap.reshape(batch),
+        counts[..., 2], counts[..., 3],
+    )  # fmt: skip
+
+
+def _eliminated(cost, a, b, alpha, by_rows, reg, problem) -> Tensor:
+    """beta of the semi-dual at alpha, where the dual starts: one step of nothing."""
+    found = OT_SOLVE(
+        cost, a.detach(), b.detach(), alpha, torch.zeros_like(b), by_rows, reg, problem.gamma,
+        problem.k, "semi_dual", "adam", 0, 0.0, 0.0, 0.0,
+    )  # fmt: skip
+    beta = found[1]
+    closed = torch.where(beta > 0, 0.0, -1e30).to(beta)  # +inf: infeasible, -inf: without mass
+    return torch.where(beta.isfinite(), beta, closed)
+
+
+def _deliver(plan, rows, values, batch, m, n, sparse_dim):
+    if plan is None:
+        return None
+    k = rows.shape[1]
+    if sparse_dim == -1:
+        rows, values = rows.mT, values.mT
+        shape = (*batch, m, k)
+    else:
+        shape = (*batch, k, n)
+    found = TopKPlan(rows.reshape(shape), values.reshape(shape), m, n, sparse_dim)
+    if plan == "topk":
+        return found
+    return found.to_dense() if plan == "dense" else found.to_torch_sparse(plan)
