@@ -7,6 +7,9 @@ Arrays (NumPy, and whatever else has `__dlpack__`) in, the same kind out; torch 
 their device. As there, everything is computed in float64. What POT 0.9.7 refuses works here:
 max_nz of the length of a column and beyond, columns and rows without mass, torch tensors in the
 semi-dual. `regularized_ot` is the function behind: it has batches, sparse plans and gradients.
+
+Both functions climb the semi-dual, in which the columns' potentials are eliminated: its value is the
+dual's at (alpha, beta(alpha)), so its maximum is the dual's, and it is the better conditioned one.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ NAMES = {
     "l2": "l2", "squaredl2": "l2", "entropic": "negentropy", "negentropy": "negentropy",
     "kl": "negentropy", "sparsity_constrained": "sparse", "sparsity-constrained": "sparse",
 }  # fmt: skip
+# "L-BFGS-B" with a bound on the columns is L-BFGS, then what passes the kinks it stops at.
 SOLVERS = {"L-BFGS-B": "lbfgs", "auto": "auto", "newton": "newton", "sinkhorn": "sinkhorn"}
 STATUS = {0: "converged", 1: "numItermax reached", 2: "no further ascent", 3: "infeasible"}
 
@@ -67,7 +71,8 @@ def smooth_ot_dual(
         M: (m, n) cost; +inf forbids a pair.
         reg: strength of the regulariser, > 0.
         reg_type: "l2" ("squaredl2"), "kl" ("entropic", "negentropy") or "sparsity_constrained".
-        method: "L-BFGS-B" (dashpot's own L-BFGS), or "auto", "newton", "sinkhorn".
+        method: "L-BFGS-B" (dashpot's own L-BFGS; with a bound the solver "auto"), or one of
+            `regularized_ot`: "auto", "newton", "sinkhorn".
         stopThr: marginal error per unit of mass at which to stop.
         numItermax: most iterations.
         verbose: prints a line at the end.
@@ -81,8 +86,7 @@ def smooth_ot_dual(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    return _smooth("dual", a, b, M, reg, reg_type, method, stopThr, numItermax, verbose, log,
-                   max_nz)  # fmt: skip
+    return _smooth(True, a, b, M, reg, reg_type, method, stopThr, numItermax, verbose, log, max_nz)
 
 
 @public
@@ -109,7 +113,8 @@ def smooth_ot_semi_dual(
         reg: strength of the regulariser, > 0.
         reg_type: "l2" ("squaredl2"), "kl" ("entropic", "negentropy") or "sparsity_constrained".
         max_nz: k for "sparsity_constrained"; more than m means no bound.
-        method: "L-BFGS-B" (dashpot's own L-BFGS), or "auto", "newton", "sinkhorn".
+        method: "L-BFGS-B" (dashpot's own L-BFGS; with a bound the solver "auto"), or one of
+            `regularized_ot`: "auto", "newton", "sinkhorn".
         stopThr: marginal error per unit of mass at which to stop.
         numItermax: most iterations.
         verbose: prints a line at the end.
@@ -122,11 +127,10 @@ def smooth_ot_semi_dual(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    return _smooth("semi_dual", a, b, M, reg, reg_type, method, stopThr, numItermax, verbose, log,
-                   max_nz)  # fmt: skip
+    return _smooth(False, a, b, M, reg, reg_type, method, stopThr, numItermax, verbose, log, max_nz)
 
 
-def _smooth(formulation, a, b, M, reg, reg_type, method, stopThr, numItermax, verbose, log, max_nz):
+def _smooth(dual, a, b, M, reg, reg_type, method, stopThr, numItermax, verbose, log, max_nz):
     for name, value, axes in (("a", a, 1), ("b", b, 1), ("M", M, 2)):
         check_tensor(value, name)
         if value.dim() != axes:
@@ -136,11 +140,11 @@ def _smooth(formulation, a, b, M, reg, reg_type, method, stopThr, numItermax, ve
         raise ValueError(f"reg_type: expected one of {', '.join(NAMES)}, got {reg_type!r}")
     check_choice("method", method, tuple(SOLVERS))
     kind = NAMES[reg_type.lower()]
+    solver = "auto" if kind == "sparse" and method == "L-BFGS-B" else SOLVERS[method]
     wide = [value.detach().to(torch.float64) for value in (M, a, b)]
     result = regularized_ot(
         *wide, reg=kind, gamma=reg, max_nz=max_nz if kind == "sparse" else None,
-        formulation=formulation, solver=SOLVERS[method], max_iter=numItermax, tol=stopThr,
-        plan="dense", differentiable=None,
+        solver=solver, max_iter=numItermax, tol=stopThr, plan="dense", differentiable=None,
     )  # fmt: skip
     plan = result.plan.to(M.dtype)
     if not (log or verbose):
@@ -148,7 +152,7 @@ def _smooth(formulation, a, b, M, reg, reg_type, method, stopThr, numItermax, ve
     alpha, beta = result.alpha.to(a.dtype), result.beta.to(b.dtype)
     status = int(result.status)
     found = SmoothResult(
-        torch.cat([alpha, beta]) if formulation == "dual" else alpha, -float(result.value),
+        torch.cat([alpha, beta]) if dual else alpha, -float(result.value),
         int(result.n_iter), int(result.n_eval), status == 0, status, STATUS[status],
         float(result.row_error[0]), float(result.col_error[0]),
     )  # fmt: skip
@@ -160,5 +164,5 @@ def _smooth(formulation, a, b, M, reg, reg_type, method, stopThr, numItermax, ve
         )
     if not log:
         return plan
-    potentials = {"alpha": alpha, "beta": beta} if formulation == "dual" else {"alpha": alpha}
+    potentials = {"alpha": alpha, "beta": beta} if dual else {"alpha": alpha}
     return plan, {**potentials, "res": found}
