@@ -64,3 +64,37 @@ def test_a_byzantine_rank(tmp_path):
     assert {row["line"] for row in rows} > {"DDP (mean)", "flag, rescaled", "median"}
     assert all(0 <= row["value"] <= 1 for row in rows)
     assert "### byzantine_rank" in done.stdout
+
+
+@pytest.fixture
+def color_run(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("bench.models.color_transfer")
+    monkeypatch.setattr(module, "COLORS", 12)
+    monkeypatch.setattr(module, "FITTED", 500)
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    return module
+
+
+@pytest.mark.peers
+def test_colors_of_two_photographs(color_run, tmp_path, capsys):
+    """As good as POT at every k; fewer nonzeros for smaller k; the colours are the target's."""
+    file, picture = tmp_path / "results.json", tmp_path / "colors.png"
+    color_run.main(["--k", "1", "3", "12", "--json", str(file), "--picture", str(picture)])
+    rows = [entry["extra_info"] for entry in json.loads(file.read_text())["benchmarks"]]
+    found = {(row["shows"], row["line"], row["k"]): row["value"] for row in rows}
+    assert len(found) == len(rows) == 4 * len(color_run.contenders()) * 3
+    for k in (1, 3, 12):
+        assert found["value", "dashpot, auto", k] >= found["value", "POT", k] - 1e-9
+        assert found["nonzeros", "dashpot, auto", k] <= 12 * k
+    assert found["nonzeros", "dashpot, auto", 1] == 12
+    assert found["row-error", "dashpot, auto", 12] < 1e-4
+    assert picture.stat().st_size > 10_000
+    assert "| dashpot, auto |" in capsys.readouterr().out
+
+    source, target = (color_run.palette(name, 12) for name in ("china.jpg", "flower.jpg"))
+    assert source.labels.shape == target.labels.shape == (427, 640)
+    assert source.masses.sum().item() == pytest.approx(1)
+    plan = source.masses[:, None] * target.masses  # every colour becomes the target's mean colour
+    got = color_run.recolored(source, target, plan)
+    assert (got - target.masses @ target.colors).abs().max().item() < 1e-12

@@ -29,17 +29,5 @@ struct Block {
   }
 };
 
-inline int64_t shared_limit(int device) {
-#ifdef DASHPOT_EMULATE
-  (void)device;
-  return 64 << 10;  // small, so that tests reach both kinds of memory
-#else
-  int bytes = 0;
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-             "asking for the size of shared memory");
-  return bytes;
-#endif
-}
-
 }  // namespace
 }  // namespace dashpot::aggregate

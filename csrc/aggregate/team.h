@@ -8,11 +8,7 @@
 #include <math.h>
 #endif
 
-#ifdef __CUDACC__
-#define DASHPOT_HD __host__ __device__
-#else
-#define DASHPOT_HD
-#endif
+#include "common/device.h"
 
 namespace dashpot::aggregate {
 

@@ -57,6 +57,19 @@ void dispatch_device(Dtype dtype, Function&& function) {
   }
 }
 
+// Shared memory that a block may ask for.
+inline int64_t shared_limit(int device) {
+#ifdef DASHPOT_EMULATE
+  (void)device;
+  return 64 << 10;  // small, so that tests reach both kinds of memory
+#else
+  int bytes = 0;
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "asking for the size of shared memory");
+  return bytes;
+#endif
+}
+
 // Makes a device current for a scope.
 class DeviceGuard {
  public:

@@ -20,23 +20,12 @@
 
 #include "common/math.h"
 #include "common/simd.h"
+#include "transport/problem.h"
 
 namespace dashpot::transport {
 
-enum class Reg { kNegentropy, kL2, kSparse };
-
-inline constexpr int kListed = 8;             // k up to which the largest are kept in registers
-inline constexpr int kMaxLanes = 16;          // of any instruction set
-inline constexpr int64_t kMaxRows = 1 << 24;  // counts are kept in float32 lanes
-
-struct Options {
-  int64_t m, n, k;
-  double gamma;
-  Reg reg;
-  bool dual;
-  double smoothing = 0;  // mu of the smoothed dual; 0: the dual itself
-  double tie = -1;       // relative distance at which the k-th and next score count as tied
-};
+inline constexpr int kListed = 8;     // k up to which the largest are kept in registers
+inline constexpr int kMaxLanes = 16;  // of any instruction set
 
 // A tile: scores (m, lanes) and what is found for each of its columns. T: the state's type.
 template <class T>
@@ -181,10 +170,11 @@ DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
   } else {
     // From theta = highest - budget the root lies ahead; each step lands before it or on it.
     found.theta = dead ? zero : highest - budget;
-    V before = zero;
+    // A rounded step may fall short and bring a score back: the count must fall for another one.
+    V before = infinity;
     for (;;) {
       above<T, isa>(tile, found.theta, &excess, &count);
-      const Mask<T, isa> moving = (count > zero) & (count != before);
+      const Mask<T, isa> moving = (count > zero) & (count < before);
       found.theta = moving ? found.theta + (excess - budget) / count : found.theta;
       if (!any<T, isa>(moving)) break;
       before = count;

@@ -9,53 +9,10 @@
 
 #include <cmath>
 #include <cstdint>
-#include <limits>
-#include <vector>
 
-#include "common/simd.h"
+#include "common/device.h"
 
 namespace dashpot::transport {
-
-struct Dot {
-  template <Isa isa>
-  static DASHPOT_INLINE void run(const double* x, const double* y, int64_t n, double* to) {
-    constexpr int kWidth = kLanes<double, isa>;
-    Vec<double, isa> sums[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
-      for (int u = 0; u < 4; ++u) {
-        sums[u] += load<double, isa>(x + i + u * kWidth) * load<double, isa>(y + i + u * kWidth);
-      }
-    }
-    double sum = sum_lanes<double, isa>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    for (; i < n; ++i) sum += x[i] * y[i];
-    *to = sum;
-  }
-};
-
-// to = x + factor * y
-struct AddScaled {
-  template <Isa isa>
-  static DASHPOT_INLINE void run(double* to, const double* x, double factor, const double* y,
-                                 int64_t n) {
-    constexpr int kWidth = kLanes<double, isa>;
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) {
-      store<double, isa>(to + i, load<double, isa>(x + i) + factor * load<double, isa>(y + i));
-    }
-    for (; i < n; ++i) to[i] = x[i] + factor * y[i];
-  }
-};
-
-inline double dot(const double* x, const double* y, int64_t n) {
-  double sum;
-  run_on_isa<Dot>(x, y, n, &sum);
-  return sum;
-}
-
-inline void add_scaled(double* to, const double* x, double factor, const double* y, int64_t n) {
-  run_on_isa<AddScaled>(to, x, factor, y, n);
-}
 
 enum Status : int32_t { kConverged = 0, kMaxIter = 1, kStalled = 2, kInfeasible = 3 };
 
@@ -77,10 +34,13 @@ inline constexpr int kTrials = 25;         // evaluations of one line search
 
 // function(x, g) -> f, to be minimised; function.error(g); function.noise: relative rounding of f;
 // function.scale: length of the first step along -g. x (n,) is moved, g (n,) left at its gradient.
-template <class Function>
-Progress lbfgs(Function& function, double* x, double* g, int64_t n, const Limits& limits) {
-  std::vector<double> room((2 * kSlots + 3) * n);
-  double* direction = room.data();
+// vectors: who does the sums and loops; room (lbfgs_room(n),).
+DASHPOT_HD inline int64_t lbfgs_room(int64_t n) { return (2 * kSlots + 3) * n; }
+
+template <class Vectors, class Function>
+DASHPOT_HD Progress lbfgs(Vectors& vectors, Function& function, double* room, double* x, double* g,
+                          int64_t n, const Limits& limits) {
+  double* direction = room;
   double* x_next = direction + n;
   double* g_next = x_next + n;
   const auto steps = [&](int64_t pair) { return g_next + n + 2 * (pair % kSlots) * n; };
@@ -91,37 +51,37 @@ Progress lbfgs(Function& function, double* x, double* g, int64_t n, const Limits
   Progress done;
   double f = function(x, g);
   done.evaluations = 1;
-  std::fill_n(history, kWindow, std::numeric_limits<double>::infinity());
+  for (double& value : history) value = INFINITY;
   for (;;) {
     if (function.error(g) <= limits.error) return done.status = kConverged, done;
     if (done.iterations >= limits.iterations || done.evaluations >= limits.evaluations) return done;
 
-    std::copy_n(g, n, direction);
+    vectors.copy(g, n, direction);
     for (int64_t pair = last - 1; pair >= first; --pair) {
       const int slot = pair % kSlots;
-      share[slot] = dot(steps(pair), direction, n) / curvature[slot];
-      add_scaled(direction, direction, -share[slot], turns(pair), n);
+      share[slot] = vectors.dot(steps(pair), direction, n) / curvature[slot];
+      vectors.add_scaled(direction, direction, -share[slot], turns(pair), n);
     }
     double scale = function.scale;
     if (last > first) {
       const double* turn = turns(last - 1);
-      scale = curvature[(last - 1) % kSlots] / dot(turn, turn, n);
+      scale = curvature[(last - 1) % kSlots] / vectors.dot(turn, turn, n);
     }
-    for (int64_t i = 0; i < n; ++i) direction[i] *= -scale;
+    vectors.scale(direction, -scale, n);
     for (int64_t pair = first; pair < last; ++pair) {
       const int slot = pair % kSlots;
-      const double back = dot(turns(pair), direction, n) / curvature[slot];
-      add_scaled(direction, direction, -share[slot] - back, steps(pair), n);
+      const double back = vectors.dot(turns(pair), direction, n) / curvature[slot];
+      vectors.add_scaled(direction, direction, -share[slot] - back, steps(pair), n);
     }
 
-    const double slope = dot(g, direction, n), noise = function.noise * std::fabs(f);
-    double low = 0, high = std::numeric_limits<double>::infinity(), t = 1, f_next = f;
+    const double slope = vectors.dot(g, direction, n), noise = function.noise * fabs(f);
+    double low = 0, high = INFINITY, t = 1, f_next = f;
     bool accepted = false;
     for (int trial = 0; slope < 0 && trial < kTrials && !accepted; ++trial) {
-      add_scaled(x_next, x, t, direction, n);
+      vectors.add_scaled(x_next, x, t, direction, n);
       f_next = function(x_next, g_next);
       ++done.evaluations;
-      const double slope_next = dot(g_next, direction, n);
+      const double slope_next = vectors.dot(g_next, direction, n);
       const bool lower =
           f_next <= f + 1e-4 * t * slope || (f_next <= f + noise && slope_next <= -0.9998 * slope);
       if (!lower) {
@@ -132,7 +92,7 @@ Progress lbfgs(Function& function, double* x, double* g, int64_t n, const Limits
         accepted = true;
         break;
       }
-      t = std::isinf(high) ? 2 * t : (low + high) / 2;
+      t = high == INFINITY ? 2 * t : (low + high) / 2;
     }
     if (!accepted && !(slope < 0 && low > 0 && f_next < f)) {
       if (last == first) return done.status = kStalled, done;
@@ -141,18 +101,18 @@ Progress lbfgs(Function& function, double* x, double* g, int64_t n, const Limits
     }
     double* step = steps(last);
     double* turn = turns(last);
-    add_scaled(step, x_next, -1, x, n);
-    add_scaled(turn, g_next, -1, g, n);
-    const double bend = dot(step, turn, n);
-    if (bend > 1e-14 * std::sqrt(dot(step, step, n) * dot(turn, turn, n))) {
+    vectors.add_scaled(step, x_next, -1, x, n);
+    vectors.add_scaled(turn, g_next, -1, g, n);
+    const double bend = vectors.dot(step, turn, n);
+    if (bend > 1e-14 * sqrt(vectors.dot(step, step, n) * vectors.dot(turn, turn, n))) {
       curvature[last % kSlots] = bend;
       if (++last - first > kPairs) ++first;
     }
-    std::copy_n(x_next, n, x);
-    std::copy_n(g_next, n, g);
+    vectors.copy(x_next, n, x);
+    vectors.copy(g_next, n, g);
     f = f_next;
     double& before = history[done.iterations++ % kWindow];
-    if (before - f <= limits.stall * std::fmax(1, std::fabs(f))) {
+    if (before - f <= limits.stall * fmax(1.0, fabs(f))) {
       return done.status = kStalled, done;
     }
     before = f;

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "common/bind.h"
+#include "transport/cuda_binding.h"
 #include "transport/evaluate.h"
 
 namespace dashpot::transport {
@@ -37,11 +38,23 @@ std::optional<std::string> ot_semidual_value_grad_supports(const py::args& args)
   return too_many_rows(py::cast<Tensor>(args[1]).size(1));
 }
 
+#ifdef DASHPOT_CUDA
+Outputs ot_semidual_value_grad_forward_cuda(const Tensor& alpha, const Tensor& cost,
+                                            const Tensor& a, const Tensor& b,
+                                            const std::string& reg, double gamma, int64_t max_nz) {
+  return evaluate_on_device(alpha, nullptr, cost, a, b, reg_of(reg), gamma, max_nz);
+}
+#endif
+
 }  // namespace
 
 DASHPOT_BIND(m) {
   m.def("ot_semidual_value_grad_forward", &ot_semidual_value_grad_forward);
   m.def("ot_semidual_value_grad_supports", &ot_semidual_value_grad_supports);
+#ifdef DASHPOT_CUDA
+  m.def("ot_semidual_value_grad_forward_cuda", &ot_semidual_value_grad_forward_cuda);
+  m.def("ot_semidual_value_grad_supports_cuda", &ot_semidual_value_grad_supports);
+#endif
 }
 
 }  // namespace dashpot::transport

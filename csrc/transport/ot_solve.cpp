@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/bind.h"
+#include "transport/cuda_binding.h"
 #include "transport/solve.h"
 
 namespace dashpot::transport {
@@ -69,11 +70,39 @@ std::optional<std::string> ot_solve_supports(const py::args& args) {
   return too_many_rows(py::cast<Tensor>(args[1]).size(1));
 }
 
+#ifdef DASHPOT_CUDA
+Outputs ot_solve_forward_cuda(const Tensor& cost, const Tensor& a, const Tensor& b,
+                              const Tensor& alpha, const Tensor& beta, bool by_rows,
+                              const std::string& reg, double gamma, int64_t max_nz,
+                              const std::string& formulation, const std::string& solver,
+                              int64_t max_iter, double tol, double smoothing, double lr) {
+  const int64_t m = a.size(1), n = b.size(1);
+  const Settings settings{{m, n, max_nz, gamma, reg_of(reg), formulation == "dual"},
+                          solver_of(solver),
+                          max_iter,
+                          tol,
+                          smoothing,
+                          lr};
+  return solve_on_device(settings, cost, a, b, alpha, beta, by_rows);
+}
+
+std::optional<std::string> ot_solve_supports_cuda(const py::args& args) {
+  const Tensor a = py::cast<Tensor>(args[1]), b = py::cast<Tensor>(args[2]);
+  if (const auto reason = ot_solve_supports(args)) return reason;
+  if (py::cast<std::string>(args[10]) == "newton") return "has no Newton's method";
+  return too_long_for_a_block(py::cast<Tensor>(args[0]), a.size(1), b.size(1));
+}
+#endif
+
 }  // namespace
 
 DASHPOT_BIND(m) {
   m.def("ot_solve_forward", &ot_solve_forward);
   m.def("ot_solve_supports", &ot_solve_supports);
+#ifdef DASHPOT_CUDA
+  m.def("ot_solve_forward_cuda", &ot_solve_forward_cuda);
+  m.def("ot_solve_supports_cuda", &ot_solve_supports_cuda);
+#endif
 }
 
 }  // namespace dashpot::transport

@@ -5,12 +5,17 @@
 
 #include "common/bind.h"
 #include "common/parallel.h"
+#include "transport/cuda_binding.h"
 #include "transport/evaluate.h"
 
 namespace dashpot::transport {
 namespace {
 
 inline constexpr int64_t kRowsPerChunk = 64;
+
+Dtype state_dtype(Dtype dtype) {
+  return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+}
 
 template <class T, class U>
 void project(const U* input, const T* total, U* output, T* tau, int64_t rows, int64_t n, int64_t k,
@@ -58,6 +63,76 @@ std::tuple<Tensor, Tensor> sparse_simplex_projection_forward(const Tensor& input
   return out;
 }
 
+// On the support S of x: du = g - mean_S g, dtotal = mean_S g; 0 elsewhere.
+template <class T, class U>
+void project_backward(const U* grad_output, const U* output, U* grad_input, T* grad_total,
+                      int64_t rows, int64_t n, int threads) {
+  parallel_for((rows + kRowsPerChunk - 1) / kRowsPerChunk, threads, [&](int64_t chunk) {
+    const int64_t end = std::min(rows, (chunk + 1) * kRowsPerChunk);
+    for (int64_t row = chunk * kRowsPerChunk; row < end; ++row) {
+      const U* grad = grad_output + row * n;
+      const U* x = output + row * n;
+      double sum = 0;
+      int64_t count = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const bool chosen = convert<T>(x[i]) > 0;
+        sum += chosen ? convert<T>(grad[i]) : T(0);
+        count += chosen;
+      }
+      const T mean = count ? static_cast<T>(sum / count) : T(0);
+      for (int64_t i = 0; i < n; ++i) {
+        const bool chosen = convert<T>(x[i]) > 0;
+        grad_input[row * n + i] = convert<U>(chosen ? convert<T>(grad[i]) - mean : T(0));
+      }
+      grad_total[row] = mean;
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> sparse_simplex_projection_backward(const Tensor& grad_output,
+                                                              const Tensor& output) {
+  const int64_t rows = output.size(0), n = output.size(1);
+  const std::tuple<Tensor, Tensor> out{output.new_empty({rows, n}, output.dtype),
+                                       output.new_empty({rows}, state_dtype(output.dtype))};
+  const auto& [grad_input, grad_total] = out;
+  const int threads = num_threads();
+  const py::gil_scoped_release release;
+  dispatch_floating(output.dtype, [&](auto element) {
+    using U = decltype(element);
+    using T = std::conditional_t<std::is_same_v<U, double>, double, float>;
+    project_backward<T, U>(grad_output.as<U>(), output.as<U>(), grad_input.as<U>(),
+                           grad_total.as<T>(), rows, n, threads);
+  });
+  return out;
+}
+
+#ifdef DASHPOT_CUDA
+std::tuple<Tensor, Tensor> sparse_simplex_projection_forward_cuda(const Tensor& input,
+                                                                  const Tensor& total,
+                                                                  int64_t max_nz) {
+  const int64_t rows = input.size(0), n = input.size(1);
+  const std::tuple<Tensor, Tensor> out{input.new_empty({rows, n}, input.dtype),
+                                       input.new_empty({rows}, total.dtype)};
+  const auto& [output, tau] = out;
+  const Place place = place_of(input);
+  project_cuda(input.data, input.dtype, total.data, output.data, tau.data, rows, n, max_nz,
+               place.device, place.stream);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> sparse_simplex_projection_backward_cuda(const Tensor& grad_output,
+                                                                   const Tensor& output) {
+  const int64_t rows = output.size(0), n = output.size(1);
+  const std::tuple<Tensor, Tensor> out{output.new_empty({rows, n}, output.dtype),
+                                       output.new_empty({rows}, state_dtype(output.dtype))};
+  const auto& [grad_input, grad_total] = out;
+  const Place place = place_of(output);
+  project_backward_cuda(grad_output.data, output.data, output.dtype, grad_input.data,
+                        grad_total.data, rows, n, place.device, place.stream);
+  return out;
+}
+#endif
+
 std::optional<std::string> sparse_simplex_projection_supports(const py::args& args) {
   return too_many_rows(py::cast<Tensor>(args[0]).size(1));
 }
@@ -66,7 +141,13 @@ std::optional<std::string> sparse_simplex_projection_supports(const py::args& ar
 
 DASHPOT_BIND(m) {
   m.def("sparse_simplex_projection_forward", &sparse_simplex_projection_forward);
+  m.def("sparse_simplex_projection_backward", &sparse_simplex_projection_backward);
   m.def("sparse_simplex_projection_supports", &sparse_simplex_projection_supports);
+#ifdef DASHPOT_CUDA
+  m.def("sparse_simplex_projection_forward_cuda", &sparse_simplex_projection_forward_cuda);
+  m.def("sparse_simplex_projection_backward_cuda", &sparse_simplex_projection_backward_cuda);
+  m.def("sparse_simplex_projection_supports_cuda", &sparse_simplex_projection_supports);
+#endif
 }
 
 }  // namespace dashpot::transport

@@ -45,6 +45,7 @@
 #define __constant__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __noinline__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(bytes) __attribute__((aligned(bytes)))
 // noinit is only a mark here, by which the linker script finds the variables to fill.

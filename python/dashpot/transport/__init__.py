@@ -19,16 +19,21 @@ from dashpot.transport.ot_semidual_value_grad import (
 from dashpot.transport.ot_solve import OT_SOLVE
 from dashpot.transport.plans import TopKPlan
 from dashpot.transport.regularized_ot import OTResult, regularized_ot
+from dashpot.transport.router import Routes, SparseOTRouter
+from dashpot.transport.smooth import smooth_ot_dual, smooth_ot_semi_dual
 from dashpot.transport.sparse_simplex_projection import (
     SPARSE_SIMPLEX_PROJECTION,
     sparse_simplex_projection,
 )
 
 __all__ = [
-    "OTResult", "TopKPlan", "ot_dual_value_grad", "ot_semidual_value_grad", "regularized_ot",
+    "OTResult", "Routes", "SparseOTRouter", "TopKPlan", "ot_dual_value_grad",
+    "ot_semidual_value_grad", "regularized_ot", "smooth_ot_dual", "smooth_ot_semi_dual",
     "sparse_simplex_projection",
 ]  # fmt: skip
 # Not functions of tensors: left out of dashpot.functional.
-TOOLS = ("OTResult", "TopKPlan")
+TOOLS = (
+    "OTResult", "Routes", "SparseOTRouter", "TopKPlan", "smooth_ot_dual", "smooth_ot_semi_dual",
+)  # fmt: skip
 
 OPS = (SPARSE_SIMPLEX_PROJECTION, OT_SEMIDUAL_VALUE_GRAD, OT_DUAL_VALUE_GRAD, OT_SOLVE, OT_PLAN)
