@@ -4,7 +4,7 @@ import pytest
 import torch
 from dashpot.transport.ot_plan import OT_PLAN
 
-pytestmark = pytest.mark.usefixtures("every_cpu_backend")
+pytestmark = pytest.mark.usefixtures("backend64")
 
 
 def plan(cost, b, alpha, beta=None, by_rows=False, reg="sparse", gamma=0.5, k=2, form="semi_dual"):

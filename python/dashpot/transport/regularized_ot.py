@@ -6,7 +6,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from dashpot._arrays import public
 from dashpot.transport._problem import as_problem, check_tensor
@@ -91,6 +90,18 @@ def _start(init, problem, batch, m, n):
     return found, beta is not None
 
 
+class _Refuse(torch.autograd.Function):
+    """Gradients that depend on the inputs in a way that is not derived."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tuple(tensor.clone() for tensor in tensors[:3])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("regularized_ot has no second derivative")
+
+
 class _Attach(torch.autograd.Function):
     """Gradients of a finished solve: of its value by the envelope, of its plan implicitly.
 
@@ -99,14 +110,13 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cost, a, b, value, values, alpha, beta, rows, reg, gamma):
-        ctx.save_for_backward(values, alpha, beta, rows)
+        ctx.save_for_backward(values, alpha, beta, rows, cost, a, b)
         ctx.reg, ctx.gamma, ctx.shape, ctx.dtype = reg, gamma, cost.shape, cost.dtype
         return value.clone(), values.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_value, grad_values):
-        values, alpha, beta, rows = ctx.saved_tensors
+        values, alpha, beta, rows, *inputs = ctx.saved_tensors
         entries = grad_value[:, None, None] * values  # of dL/dC, (B, k, n)
         grad_a, grad_b = grad_value[:, None] * alpha, grad_value[:, None] * beta
         grad_a, grad_b = grad_a.nan_to_num(0, 0, 0), grad_b.nan_to_num(0, 0, 0)
@@ -115,7 +125,10 @@ class _Attach(torch.autograd.Function):
         z = weight * (grad_values - _at_rows(u, rows) - v[:, None])
         entries = entries - z / ctx.gamma
         grad_cost = values.new_zeros(ctx.shape).scatter_add_(1, rows.clamp(min=0).long(), entries)
-        return (grad_cost.to(ctx.dtype), grad_a + u, grad_b + v, *[None] * 7)
+        grads = grad_cost.to(ctx.dtype), grad_a + u, grad_b + v
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _Refuse.apply(*grads, *inputs)
+        return (*grads, *[None] * 7)
 
 
 def _at_rows(u: Tensor, rows: Tensor) -> Tensor:
