@@ -72,6 +72,11 @@ def has_grouped_mm(size, dtype, device, options):
     return hasattr(functional, "grouped_mm") and (dtype == torch.bfloat16 or device == "cpu")
 
 
+def products(x, order, rank, offsets, w1, b1, w2, *_):
+    """A yardstick: two products of as many operations, of one expert, and nothing beside them."""
+    return x @ w1[0].t() @ w2[0].t()
+
+
 def scattermoe(x, order, rank, offsets, w1, b1, w2, b2, *_):
     """Its two fused products; biases between them as separate passes."""
     experts = peers.load("scattermoe.parallel_experts")
@@ -96,6 +101,7 @@ PEERS = {
     "loop": Peer(loop),
     "sorted loop": Peer(sorted_loop),
     "F.grouped_mm": Peer(grouped_mm, has_grouped_mm),
+    "the products alone": Peer(products, checked=False),
     "scattermoe": Peer(scattermoe, has_scattermoe),
 }
 

@@ -7,9 +7,9 @@ A plan is two launches (four with a capacity by choice) and a scan between them,
     scan                 first slot of each program's ids of each expert, ends of the segments
     _plan_place_kernel   the same comparison gives an id's rank among the program's: order, rank
 
-No atomics: the last of a program's equal ids writes their number. Random ids are drawn again where
+No atomics: the first of a program's equal ids writes their number. Random ids are drawn again where
 they are needed and never stored. Bytes: 4n read twice (or nothing), 8n written, 4 P E for counts;
-128 comparisons an id, whatever E is.
+64 comparisons an id, whatever E is (with 128 the registers spill).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_IDS = 128  # of a program
-_MAX_EXPERTS = 1024  # P E counts stay below 8 E bytes an id
+_IDS = 64  # of a program
+_MAX_EXPERTS = 512  # E / 16 bytes of counts for each id
 _MAX_DRAWN = 16  # choices of a unit held in registers
 _MAX_REDRAWN = 8  # choices that a plan draws again for each of them
 
@@ -216,12 +216,11 @@ def _take(ids_ptr, kept_ptr, seed_ptr, offset_ptr, n, tokens, units, experts, K:
 
 @triton.jit
 def _equals(ids, IDS: tl.constexpr):
-    """How many equal ids stand before each (IDS,), and after it."""
+    """How many equal ids stand before each (IDS,), and how many there are: one sum for both."""
     at = tl.arange(0, IDS)
-    equal = ids[:, None] == ids[None, :]
-    before = tl.sum((equal & (at[None, :] < at[:, None])).to(tl.int32), 1)
-    after = tl.sum((equal & (at[None, :] > at[:, None])).to(tl.int32), 1)
-    return before, after
+    earlier = (at[None, :] < at[:, None]).to(tl.int32)
+    both = tl.sum(tl.where(ids[:, None] == ids[None, :], 65536 + earlier, 0), 1)
+    return both & 65535, both >> 16
 
 
 @triton.jit
@@ -247,9 +246,9 @@ def _plan_count_kernel(
         ids_ptr, kept_ptr, seed_ptr, offset_ptr, n, tokens, units, experts, K, KP, REPLACE, DRAWN,
         BY_CHOICE, HAS_KEPT, IDS
     )  # fmt: skip
-    before, after = _equals(ids, IDS)
+    before, total = _equals(ids, IDS)
     at = counts_ptr + tl.program_id(0).to(tl.int64) * experts + ids
-    tl.store(at, before + 1, mask=(ids >= 0) & (after == 0))
+    tl.store(at, total, mask=(ids >= 0) & (before == 0))
 
 
 @triton.jit
@@ -278,7 +277,7 @@ def _plan_place_kernel(
         ids_ptr, kept_ptr, seed_ptr, offset_ptr, n, tokens, units, experts, K, KP, REPLACE, DRAWN,
         BY_CHOICE, HAS_KEPT, IDS
     )  # fmt: skip
-    before, _after = _equals(ids, IDS)
+    before, _total = _equals(ids, IDS)
     counts = ids >= 0
     at = first_ptr + tl.program_id(0).to(tl.int64) * experts + ids
     place = tl.load(at, mask=counts, other=0) + before
