@@ -5,6 +5,7 @@ new op or kernel is tested without a line here. What cannot run in this process 
 
     cpp, reference   always
     emulator         always: the CUDA kernels executed on the CPU (tests/emulator/build.py)
+    torch            always: what PyTorch itself has, where it takes the case
     triton           on CPU tensors where TRITON_INTERPRET=1 (`pytest -m triton`), else on a GPU
     cuda             on a GPU
 
@@ -32,6 +33,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+SOME_CALLS = ("triton", "torch")  # backends that may decline a call for its sizes
 KERNEL_MARKS = ("triton", "emulator")  # backends that a process may select: pytest -m emulator
 
 
@@ -329,10 +331,10 @@ def case(request) -> Case:
 def backend(request):
     """A backend of the op that the file is named after (test_<op>.py), forced during the test.
 
-    Triton kernels serve the common case and decline the rest, which the next backend then takes;
-    the others must take every call that they have a dtype for."""
+    Triton kernels and PyTorch's functions serve the common case and decline the rest, which the
+    next backend then takes; the others must take every call that they have a dtype for."""
     case = request.param
-    with dashpot.backend(case.and_others if case.backend == "triton" else case.names):
+    with dashpot.backend(case.and_others if case.backend in SOME_CALLS else case.names):
         yield case
 
 

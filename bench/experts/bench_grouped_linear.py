@@ -27,7 +27,8 @@ def grouped_mm(xp, weight, bias, offsets):
 
 
 def has_grouped_mm(size, dtype, device, options):
-    return hasattr(functional, "grouped_mm") and dtype == torch.bfloat16
+    """On a GPU other dtypes go through a loop on the host."""
+    return hasattr(functional, "grouped_mm") and (dtype == torch.bfloat16 or device == "cpu")
 
 
 PEERS = {"loop": Peer(loop), "F.grouped_mm": Peer(grouped_mm, has_grouped_mm)}

@@ -16,8 +16,9 @@ evaluation each token goes through one feed-forward block of the same size:
     stochastic      the same with the consistency loss: the paper's method
 
 What is printed: test accuracy and cross entropy, mean and standard deviation over the seeds
-(weights, order, and which images are for training), and for each contender how its accuracy differs
-from Switch's on the same seeds, with the standard error of that.
+(weights, order, and which images are for training), for each contender how its accuracy differs
+from Switch's on the same seeds, with the standard error of that, and the accuracy with the mean of
+all experts and with one fixed expert at evaluation.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from dashpot import _check
+from dashpot._info import environment
 from dashpot.experts import (
     StochasticExperts,
     SwitchExperts,
@@ -41,9 +46,17 @@ from dashpot.experts import (
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from bench.report import tables
+
 CLASSES, ROWS, PIXELS = 10, 8, 8
 WIDTH, HIDDEN, LAYERS, HEADS = 32, 64, 2, 4
 EXPERTS, TRAINING, BATCH, ALPHA, RATE, DROPOUT = 4, 400, 32, 5.0, 2e-3, 0.1
+
+COLUMNS = {  # of the table: what `train` returns
+    "test accuracy, %": "accuracy", "cross entropy": "cross entropy",
+    "accuracy minus Switch's": "minus switch", "mean of experts, %": "accuracy, average",
+    "one expert, %": "accuracy, fixed",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,42 +161,49 @@ def spread(values: list[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
-    lines = [
-        f"{'':14}{'accuracy %':>16}{'cross entropy':>18}{'minus switch':>16}   other inference"
-    ]
-    base = [row["accuracy"] for row in results["switch"]]
-    for name, rows in results.items():
-        accuracy, entropy = (
-            spread([row[key] for row in rows]) for key in ("accuracy", "cross entropy")
-        )
-        gap, deviation = spread([row["accuracy"] - b for row, b in zip(rows, base, strict=True)])
-        others = [key for key in rows[0] if key.startswith("accuracy, ")]
-        lines.append(
-            f"{name:14}{accuracy[0]:9.2f} ± {accuracy[1]:4.2f}"
-            f"{entropy[0]:11.3f} ± {entropy[1]:4.3f}"
-            f"{gap:9.2f} ± {deviation / math.sqrt(len(rows)):4.2f}   "
-            + ", ".join(
-                f"{key.removeprefix('accuracy, ')} {spread([row[key] for row in rows])[0]:.2f}"
-                for key in others
-            )
-        )
-    return "\n".join(lines)
+def entries(results: dict[str, list[dict[str, float]]], steps: int) -> list[dict]:
+    """Rows for bench.report: a line for each contender."""
+    machine = {key: environment("cpu")[key] for key in ("device_name", "torch")}
+    seeds = len(results["switch"])
+    rows = []
+    for name, runs in results.items():
+        numbers = {key: [run[key] for run in runs] for key in runs[0]}
+        for column, key in COLUMNS.items():
+            if key == "minus switch":
+                pairs = zip(numbers["accuracy"], results["switch"], strict=True)
+                value, deviation = spread([own - base["accuracy"] for own, base in pairs])
+                error, digits = deviation / math.sqrt(seeds), 2
+            elif key in numbers:
+                value, error = spread(numbers[key])
+                digits = 3 if key == "cross entropy" else 2
+            else:
+                continue
+            rows.append(
+                {"op": "stochastic_experts", "seeds": seeds, "steps": steps, "corner": "experts",
+                 "section": [f"seeds={seeds}", f"steps={steps}"], "line": name, "column": column,
+                 "value": value, "error": error if seeds > 1 else None,
+                 "cell": f"{value:.{digits}f}" + f" ± {error:.{digits}f}" * (seeds > 1),
+                 "options": {}, **machine}
+            )  # fmt: skip
+    return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Dense, Switch and stochastic experts on digits.")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.models.stochastic_experts", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", help="write every run's numbers here")
+    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
-    results = run(options.seeds, options.steps)
-    print(table(results))
+    with _check.threads(options.threads):
+        rows = entries(run(options.seeds, options.steps), options.steps)
+    print(tables(rows), end="")
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(results, file, indent=1)
+        results = {"benchmarks": [{"extra_info": row} for row in rows]}
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

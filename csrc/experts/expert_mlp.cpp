@@ -59,7 +59,7 @@ void gather_into(const Tensor& from, const Tensor& order, int64_t k, int64_t beg
                  const Tensor& to, int threads) {
   const int64_t bytes = from.size(1) * element_size(from.dtype);
   for_row_blocks(count, bytes, threads, [&](int64_t first, int64_t last) {
-    gather_rows(from.as<char>(), order.as<int32_t>() + begin, k, first, last, bytes,
+    gather_rows(from.as<char>(), order.as<int32_t>() + begin, k, first, last, bytes, false,
                 to.as<char>() + first * bytes);
   });
 }
@@ -111,11 +111,7 @@ std::tuple<Tensor, Tensor> expert_mlp_forward(const Tensor& x, const Tensor& ord
   dispatch_floating(x.dtype, [&](auto element) {
     using T = decltype(element);
     with_choice_weights<Wide<T>>(weights, tokens, k, [&](const Wide<T>* w) {
-      for_row_blocks(tokens, d * k * sizeof(T), threads, [&](int64_t begin, int64_t end) {
-        run_on_isa<SumRows<T>>(static_cast<const T*>(out.as<T>()),
-                               static_cast<const int32_t*>(rank.as<int32_t>()), w, k, d, begin, end,
-                               y.as<T>());
-      });
+      sum_rows<T>(out.as<T>(), rank.as<int32_t>(), w, tokens, k, d, threads, y.as<T>());
     });
   });
   return result;
@@ -219,11 +215,8 @@ Gradients expert_mlp_backward(const Tensor& grad_y, const Tensor& x, const Tenso
       }
     }
     if (dx) {
-      for_row_blocks(tokens, d * k * sizeof(T), threads, [&](int64_t begin, int64_t end) {
-        run_on_isa<SumRows<T>>(static_cast<const T*>(dxp.as<T>()),
-                               static_cast<const int32_t*>(rank.as<int32_t>()),
-                               static_cast<const W*>(nullptr), k, d, begin, end, dx->as<T>());
-      });
+      sum_rows<T, W>(dxp.as<T>(), rank.as<int32_t>(), nullptr, tokens, k, d, threads,
+                     dx->template as<T>());
     }
   });
   return grads;

@@ -12,8 +12,9 @@ Tensor permute_forward(const Tensor& x, const Tensor& order, const Tensor& rank)
   const int threads = num_threads();
   const py::gil_scoped_release release;
   const int64_t bytes = d * element_size(x.dtype);
+  const bool stream = streams(xp.as<char>(), slots, bytes);
   for_row_blocks(slots, bytes, threads, [&](int64_t begin, int64_t end) {
-    gather_rows(x.as<char>(), order.as<int32_t>(), k, begin, end, bytes,
+    gather_rows(x.as<char>(), order.as<int32_t>(), k, begin, end, bytes, stream,
                 xp.as<char>() + begin * bytes);
   });
   return xp;
@@ -26,10 +27,8 @@ Tensor permute_backward(const Tensor& grad_xp, const Tensor&, const Tensor& rank
   const py::gil_scoped_release release;
   dispatch_floating(grad_xp.dtype, [&](auto element) {
     using T = decltype(element);
-    for_row_blocks(tokens, d * k * sizeof(T), threads, [&](int64_t begin, int64_t end) {
-      run_on_isa<SumRows<T>>(grad_xp.as<T>(), rank.as<int32_t>(), static_cast<const T*>(nullptr), k,
-                             d, begin, end, grad_x.as<T>());
-    });
+    sum_rows<T, T>(grad_xp.as<T>(), rank.as<int32_t>(), nullptr, tokens, k, d, threads,
+                   grad_x.as<T>());
   });
   return grad_x;
 }

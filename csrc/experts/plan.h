@@ -15,7 +15,7 @@
 
 #include "common/parallel.h"
 #include "common/tensor.h"
-#include "experts/philox.h"
+#include "experts/draw.h"
 
 namespace dashpot::experts {
 
@@ -27,14 +27,6 @@ inline Route route_of(const Tensor& seed, const Tensor& offset, int64_t units, i
           experts,
           k,
           replace};
-}
-
-inline void choose_all(const Route& route, int64_t rows, int32_t* ids, int threads) {
-  constexpr int64_t kBlock = 1024;
-  parallel_for((rows + kBlock - 1) / kBlock, threads, [&](int64_t block) {
-    const int64_t end = std::min(rows, (block + 1) * kBlock);
-    for (int64_t t = block * kBlock; t < end; ++t) choose(route, t, ids + t * route.k);
-  });
 }
 
 struct PlanShape {
@@ -97,9 +89,11 @@ inline void fill_plan(const int32_t* ids, const PlanShape& shape, bool keep_firs
   const int64_t n = shape.n(), experts = shape.experts;
   const int64_t length = std::max<int64_t>(16384, experts);
   const int64_t blocks = (n + length - 1) / length;
-  std::vector<int32_t> next(std::max<int64_t>(1, blocks) * experts);  // (blocks, E)
+  // (blocks, E), rows a cache line apart: neighbours belong to different threads.
+  const int64_t stride = (experts + 31) / 16 * 16;
+  std::vector<int32_t> next(std::max<int64_t>(1, blocks) * stride);
   parallel_for(blocks, threads, [&](int64_t block) {
-    int32_t* count = next.data() + block * experts;
+    int32_t* count = next.data() + block * stride;
     const int64_t end = std::min(n, (block + 1) * length);
     for (int64_t i = block * length; i < end; ++i) {
       const uint32_t id = static_cast<uint32_t>(ids[i]);
@@ -114,8 +108,8 @@ inline void fill_plan(const int32_t* ids, const PlanShape& shape, bool keep_firs
   for (int64_t e = 0; e < experts; ++e) {
     int64_t total = start;
     for (int64_t block = 0; block < blocks; ++block) {
-      const int32_t count = next[block * experts + e];
-      next[block * experts + e] = static_cast<int32_t>(total);
+      const int32_t count = next[block * stride + e];
+      next[block * stride + e] = static_cast<int32_t>(total);
       total += count;
     }
     int64_t kept = total - start;
@@ -133,7 +127,7 @@ inline void fill_plan(const int32_t* ids, const PlanShape& shape, bool keep_firs
   std::fill(order + start, order + shape.slots(), -1);
   int32_t* const rank = plan.rank.as<int32_t>();
   parallel_for(blocks, threads, [&](int64_t block) {
-    int32_t* slot = next.data() + block * experts;
+    int32_t* slot = next.data() + block * stride;
     const int64_t end = std::min(n, (block + 1) * length);
     for (int64_t i = block * length; i < end; ++i) {
       const uint32_t id = static_cast<uint32_t>(ids[i]);

@@ -1,13 +1,14 @@
 // route_balanced: seed, offset -> ids (U,) int32 with equal counts.
 //
-// Units sorted by (key, unit): a stable radix sort, four passes of 8 bits over (key, unit) pairs,
-// then the order is cut into E parts.
+// Units sorted by (key, unit): a stable radix sort, three passes of 11 bits over (key, unit) pairs
+// whose counts are all taken at once, then the order is cut into E parts.
+#include <utility>
 #include <vector>
 
 #include "common/bind.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
-#include "experts/philox.h"
+#include "experts/draw.h"
 
 namespace dashpot::experts {
 namespace {
@@ -16,6 +17,10 @@ struct Entry {
   uint32_t key, unit;
 };
 
+constexpr int kPasses = 3, kBits = 11, kDigits = 1 << kBits;
+
+int64_t digit(uint32_t key, int pass) { return (key >> (pass * kBits)) & (kDigits - 1); }
+
 Tensor route_balanced_forward(const Tensor& seed, const Tensor& offset, int64_t units,
                               int64_t experts) {
   const Tensor ids = seed.new_empty({units}, Dtype::kInt32);
@@ -23,24 +28,30 @@ Tensor route_balanced_forward(const Tensor& seed, const Tensor& offset, int64_t 
   const uint64_t at = static_cast<uint64_t>(*offset.as<int64_t>());
   const int threads = num_threads();
   const py::gil_scoped_release release;
-  std::vector<Entry> entries(units), sorted(units);
+  std::vector<uint32_t> keys(units);
   constexpr int64_t kBlock = 4096;
   parallel_for((units + kBlock - 1) / kBlock, threads, [&](int64_t block) {
-    const int64_t end = std::min(units, (block + 1) * kBlock);
-    for (int64_t u = block * kBlock; u < end; ++u) {
-      const uint32_t unit = static_cast<uint32_t>(u);
-      entries[u] = {philox(key, at, unit, kBalancedBlock).word[0], unit};
-    }
+    run_on_isa<BalancedKeys>(key, at, block * kBlock, std::min(units, (block + 1) * kBlock),
+                             keys.data());
   });
-  for (int shift = 0; shift < 32; shift += 8) {
-    int64_t next[257] = {};
-    for (const Entry& entry : entries) ++next[((entry.key >> shift) & 255) + 1];
-    for (int digit = 0; digit < 256; ++digit) next[digit + 1] += next[digit];
-    for (const Entry& entry : entries) sorted[next[(entry.key >> shift) & 255]++] = entry;
-    entries.swap(sorted);
+  std::vector<int64_t> next(kPasses * kDigits);
+  for (const uint32_t one : keys) {
+    for (int pass = 0; pass < kPasses; ++pass) ++next[pass * kDigits + digit(one, pass)];
   }
-  for (int64_t position = 0; position < units; ++position) {
-    ids.as<int32_t>()[entries[position].unit] = static_cast<int32_t>(position * experts / units);
+  for (int pass = 0; pass < kPasses; ++pass) {
+    int64_t before = 0;
+    for (int64_t d = pass * kDigits; d < (pass + 1) * kDigits; ++d) {
+      before += std::exchange(next[d], before);
+    }
+  }
+  std::vector<Entry> entries(units), sorted(units);
+  for (int64_t u = 0; u < units; ++u) {
+    entries[next[digit(keys[u], 0)]++] = {keys[u], static_cast<uint32_t>(u)};
+  }
+  for (const Entry& entry : entries) sorted[next[kDigits + digit(entry.key, 1)]++] = entry;
+  for (const Entry& entry : sorted) {
+    const int64_t position = next[2 * kDigits + digit(entry.key, 2)]++;
+    ids.as<int32_t>()[entry.unit] = static_cast<int32_t>(position * experts / units);
   }
   return ids;
 }

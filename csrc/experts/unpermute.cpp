@@ -35,17 +35,13 @@ Tensor unpermute_forward(const Tensor& h, const Tensor&, const Tensor& rank,
   dispatch_floating(h.dtype, [&](auto element) {
     using T = decltype(element);
     with_weights<T>(weights, [&](auto* w) {
-      for_row_blocks(tokens, d * k * sizeof(T), threads, [&](int64_t begin, int64_t end) {
-        run_on_isa<SumRows<T>>(static_cast<const T*>(h.as<T>()),
-                               static_cast<const int32_t*>(rank.as<int32_t>()), w, k, d, begin, end,
-                               y.as<T>());
-      });
+      sum_rows<T>(h.as<T>(), rank.as<int32_t>(), w, tokens, k, d, threads, y.as<T>());
     });
   });
   return y;
 }
 
-// dh of slots [begin, end).
+// dh of slots [begin, end), with weights.
 template <class T>
 struct SpreadRows {
   template <Isa isa, class Weight>
@@ -60,10 +56,6 @@ struct SpreadRows {
         continue;
       }
       const T* from = grad_y + order[r] / k * d;
-      if (weights == nullptr) {
-        std::memcpy(to, from, d * sizeof(T));
-        continue;
-      }
       const W w = convert<W>(weights[order[r]]);
       for (int64_t c = 0; c < d; c += kStep) {
         store_part<isa>(to + c, load_part<isa>(from + c, d - c, W(0)) * w, d - c);
@@ -115,7 +107,14 @@ std::tuple<MaybeTensor, MaybeTensor> unpermute_backward(const Tensor& grad_y, co
     with_weights<T>(weights, [&](auto* w) {
       using Weight = std::remove_const_t<std::remove_pointer_t<decltype(w)>>;
       if (grad_h) {
-        for_row_blocks(slots, d * sizeof(T), threads, [&](int64_t begin, int64_t end) {
+        const int64_t bytes = d * sizeof(T);
+        const bool stream = streams(grad_h->as<char>(), slots, bytes);
+        for_row_blocks(slots, bytes, threads, [&](int64_t begin, int64_t end) {
+          if (w == nullptr) {
+            gather_rows(grad_y.as<char>(), order.as<int32_t>(), k, begin, end, bytes, stream,
+                        grad_h->as<char>() + begin * bytes);
+            return;
+          }
           run_on_isa<SpreadRows<T>>(dy, static_cast<const int32_t*>(order.as<int32_t>()), w, k, d,
                                     begin, end, grad_h->template as<T>());
         });

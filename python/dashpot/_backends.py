@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,14 @@ def _triton(family: str) -> ModuleType:
     return importlib.import_module(f"dashpot.triton_kernels.{family}")
 
 
+def _library(family: str) -> ModuleType:
+    """Where a family says which of PyTorch's own fused functions compute its ops."""
+    name = f"dashpot.{family}._torch"
+    if importlib.util.find_spec(name) is None:
+        raise ImportError(f"PyTorch has no function for the ops of {family}")
+    return importlib.import_module(name)
+
+
 def _triton_devices() -> tuple[str, ...]:
     """Triton's interpreter (TRITON_INTERPRET=1) runs the kernels on CPU tensors."""
     return ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
@@ -51,6 +60,7 @@ BACKENDS = {
     "cpp": Backend("cpp", _compiled, ("cpu",)),
     "triton": Backend("triton", _triton, _triton_devices(), dtypes=_DTYPES - {torch.float64}),
     "cuda": Backend("cuda", _compiled, ("cuda",), suffix="_cuda"),
+    "torch": Backend("torch", _library, ("cpu", "cuda")),  # by hand only
 }
 ORDER = {"cpu": ("cpp",), "cuda": ("triton", "cuda")}  # then the reference, always
 
@@ -96,10 +106,11 @@ _forced: contextvars.ContextVar[Any] = contextvars.ContextVar(
 def backend(name: str | None) -> Iterator[None]:
     """Choose the backend by hand: `with dashpot.backend("reference"): ...`.
 
-    name: "cpp", "cuda", "triton", "reference"; several, separated by commas, are tried in that
-    order; None gives the choice back to the dispatcher. A call that none of them can take raises
-    RuntimeError with each one's reason. The environment variable DASHPOT_BACKEND, read once at
-    import, sets the same for the whole process.
+    name: "cpp", "cuda", "triton", "reference", or "torch" for functions of PyTorch itself, where it
+    has one (F.grouped_mm); several, separated by commas, are tried in that order; None gives the
+    choice back to the dispatcher. A call that none of them can take raises RuntimeError with each
+    one's reason. The environment variable DASHPOT_BACKEND, read once at import, sets the same for
+    the whole process.
     """
     token = _forced.set(_split(name))
     try:

@@ -154,6 +154,19 @@ def test_memory(backend):
     assert peak_memory(step, (z1, z2), "cpu") - 2 * one < 0.05 * one
 
 
+@pytest.mark.backends("native")
+def test_offsets_beyond_32_bits(backend, lazy):
+    """Elements beyond 2^31, bytes beyond 2^32; only the last row counts, and is read."""
+    rows, classes = (1 << 15) + 2, 1 << 16
+    y = torch.full((rows,), -100, device=backend.device)
+    y[-1] = 7
+    z1, z2 = (lazy(rows, classes, device=backend.device) for _ in "12")
+    z1[-1, 7], z2[-1, -1] = 9, 8
+    got = dashpot.consistency_loss(z1, z2, y)
+    want = dashpot.consistency_loss(z1[-1:].double(), z2[-1:].double(), y[-1:])
+    torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.backends("cpp")
 @pytest.mark.parametrize("bad", [-1, 4, 2**40])
 def test_class_out_of_range(backend, bad):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dashpot
 import pytest
 import torch
+from dashpot import _C
 from dashpot.experts.permute import PERMUTE
 
 
@@ -55,6 +56,32 @@ def test_offsets_beyond_32_bits(backend, lazy):
     rank[-1], rank[0] = 0, 1
     xp = PERMUTE(x, order, rank)
     assert xp[0, -1] == 5 and xp[1, 1] == 7 and xp.double().sum() == 12
+
+
+@pytest.mark.parametrize(("dtype", "d"), [(torch.float32, 1024), (torch.bfloat16, 1040)])
+def test_results_beyond_the_caches(dtype, d):
+    """8 MiB and more are written past the caches where rows are whole lines (1040 numbers are
+    not), on each instruction set; padding is zeros there, too. Both ops, both passes, k = 1."""
+    tokens = 2100 if dtype == torch.float32 else 4200
+    ids = torch.randint(-1, 5, (tokens, 1)).int()
+    plan = dashpot.dispatch_plan(ids, 5, align=16)
+    x, cotangent = (torch.randn(n, d).to(dtype) for n in (tokens, plan.order.numel()))
+    assert x.numel() * x.element_size() > 8 << 20
+
+    def results():
+        a, b = x.clone().requires_grad_(), cotangent.clone().requires_grad_()
+        xp, y = dashpot.permute(a, plan), dashpot.unpermute(b, plan)
+        return xp, y, *torch.autograd.grad([xp, y], [a, b], [cotangent, x])
+
+    with dashpot.backend("reference"):
+        want = results()
+    best = ("baseline", "avx2", "avx512").index(_C.cpu_isa())
+    try:
+        for instructions in ("baseline", "avx2", "avx512")[: best + 1]:
+            _C.set_cpu_isa(instructions)
+            assert all(map(torch.equal, results(), want)), instructions
+    finally:
+        _C.set_cpu_isa(None)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
@@ -11,12 +12,14 @@ import torch.nn.functional as F
 from dashpot.experts import (
     StochasticExperts,
     advance,
+    random_plan,
     route_balanced,
     route_random,
 )
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+stochastic_file = sys.modules["dashpot.experts.stochastic"]
 D, H, E = 6, 10, 4
 LEVELS = ("token", "sequence", "batch")
 DOUBLE = {"dtype": torch.float64}
@@ -127,6 +130,31 @@ def test_inference_modes_do_not_touch_training(by_hand):
     for mode in ("average", "fixed"):
         layer = StochasticExperts(D, H, E, inference=mode, offset=1, **DOUBLE)
         torch.testing.assert_close(layer(x), by_hand(layer, x, layer.routes(x)), **EXACT)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_tokens_are_planned_without_their_ids(monkeypatch, training, passes):
+    """Random tokens take one call, random_plan, and what it gives is what `routes` says; balanced,
+    distinct or doubled along another axis, they go by ids."""
+    layer = StochasticExperts(D, H, E, num_passes=passes, offset=3, **DOUBLE).train(training)
+    x, calls = batch(6, 5), []
+    want = layer.dispatch(x.view(-1, D), layer.routes(x)).view_as(x)
+
+    def planned(*args, **kwargs):
+        calls.append(args)
+        return random_plan(*args, **kwargs)
+
+    monkeypatch.setattr(stochastic_file, "random_plan", planned)
+    monkeypatch.setattr(stochastic_file, "route_random", None)
+    assert torch.equal(layer(x), want)
+    assert calls == [(30 // passes if training else 30, E)]
+    monkeypatch.undo()
+    monkeypatch.setattr(stochastic_file, "random_plan", None)
+    for name, value in (("balanced", True), ("distinct_passes", True), ("level", "batch")):
+        other = copy.deepcopy(layer)
+        setattr(other, name, value)
+        assert other(x).shape == x.shape
 
 
 # --------------------------------------------------------------------------------------------

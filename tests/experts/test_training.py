@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from types import SimpleNamespace
 
@@ -119,10 +118,13 @@ def test_the_comparison_on_digits_runs(capsys, tmp_path):
     for file in files:
         options = ["--seeds", "1", "--steps", "2", "--json", str(file)]
         stochastic_experts.main(options)
-    results = [json.loads(file.read_text()) for file in files]
-    assert set(results[0]) == set(stochastic_experts.CONTENDERS)
-    for first, second in zip(*(itertools.chain(*r.values()) for r in results), strict=True):
-        assert {k: v for k, v in first.items() if k != "seconds"}.items() <= second.items()
-        assert 0 < first["accuracy"] < 100
+    results = [json.loads(file.read_text())["benchmarks"] for file in files]
+    assert results[0] == results[1]
+    rows = [entry["extra_info"] for entry in results[0]]
+    assert {row["line"] for row in rows} == set(stochastic_experts.CONTENDERS)
+    accuracy = [row["value"] for row in rows if row["column"] == "test accuracy, %"]
+    assert len(accuracy) == len(stochastic_experts.CONTENDERS)
+    assert all(0 < value < 100 for value in accuracy)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in stochastic_experts.CONTENDERS)
+    assert "### stochastic_experts seeds=1 steps=2" in printed
+    assert all(f"| {name} |" in printed for name in stochastic_experts.CONTENDERS)

@@ -1,7 +1,6 @@
 """Rows moved through a plan: a program moves 8 slots or tokens, a stretch of columns at a time.
 
-The k choices of a token are gathered and summed in float32, in order: no atomics. Keys of
-route_balanced are drawn here, too, and sorted by torch.
+The k choices of a token are gathered and summed in float32, in order: no atomics.
 """
 
 from __future__ import annotations
@@ -189,65 +188,3 @@ def unpermute_backward(
                 ROWS=_ROWS, BLOCK=min(512, columns(d)), num_warps=4,
             )  # fmt: skip
     return grad_h, grad_weights
-
-
-# --------------------------------------------------------------------------------------------
-# Routes
-
-
-@triton.jit
-def _balanced_keys_kernel(
-    seed_ptr,  # () int64
-    offset_ptr,  # () int64
-    key_ptr,  # (U,) int64
-    units,
-    BLOCK: tl.constexpr,
-):
-    """Word 0 of Philox4x32-10 with block word 2^31; see csrc/experts/philox.h."""
-    unit = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
-    seed = tl.load(seed_ptr).to(tl.uint64)
-    offset = tl.load(offset_ptr).to(tl.uint64)
-    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
-    k1 = (seed >> 32).to(tl.uint32)
-    c0 = unit.to(tl.uint32)
-    c1 = tl.zeros((BLOCK,), tl.uint32) + 0x80000000
-    c2 = tl.zeros((BLOCK,), tl.uint32) + (offset & 0xFFFFFFFF).to(tl.uint32)
-    c3 = tl.zeros((BLOCK,), tl.uint32) + (offset >> 32).to(tl.uint32)
-    for _ in range(10):
-        p0 = c0.to(tl.uint64) * 0xD2511F53
-        p1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c1 = p1.to(tl.uint32)
-        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
-        c3 = p0.to(tl.uint32)
-        k0 = ((k0.to(tl.uint64) + 0x9E3779B9) & 0xFFFFFFFF).to(tl.uint32)
-        k1 = ((k1.to(tl.uint64) + 0xBB67AE85) & 0xFFFFFFFF).to(tl.uint32)
-    tl.store(key_ptr + unit, c0.to(tl.int64), mask=unit < units)
-
-
-@triton.jit
-def _balanced_place_kernel(
-    order_ptr,  # (U,) units by rising key
-    ids_ptr,  # (U,) int32
-    units,
-    experts,
-    BLOCK: tl.constexpr,
-):
-    position = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK,)
-    inside = position < units
-    unit = tl.load(order_ptr + position, mask=inside, other=0)
-    tl.store(ids_ptr + unit, (position * experts // units).to(tl.int32), mask=inside)
-
-
-def route_balanced_forward(
-    seed: Tensor, offset: Tensor, num_units: int, num_experts: int
-) -> Tensor:
-    """(U,) int32"""
-    ids = torch.empty((num_units,), dtype=torch.int32, device=seed.device)
-    if num_units:
-        key = torch.empty((num_units,), dtype=torch.int64, device=seed.device)
-        grid = (triton.cdiv(num_units, 1024),)
-        _balanced_keys_kernel[grid](seed, offset, key, num_units, BLOCK=1024, num_warps=4)
-        order = key.argsort(stable=True)
-        _balanced_place_kernel[grid](order, ids, num_units, num_experts, BLOCK=1024, num_warps=4)
-    return ids

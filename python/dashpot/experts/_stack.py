@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dashpot.experts._plan import check_int
+from dashpot.experts._plan import DispatchPlan, check_int
 from dashpot.experts.dispatch_plan import dispatch_plan
 from dashpot.experts.expert_mlp import ACTIVATIONS as FUSED
 from dashpot.experts.expert_mlp import expert_mlp
@@ -89,11 +89,13 @@ class ExpertStack(nn.Module):
         if x.dim() == 0 or x.shape[-1] != self.d:
             raise ValueError(f"x: expected (..., {self.d}), got {tuple(x.shape)}")
 
-    def dispatch(self, x: Tensor, expert_idx: Tensor, weights: Tensor | None = None, *,
-                 capacity: int | None = None, priority: str = "choice") -> Tensor:  # fmt: skip
+    def dispatch(self, x: Tensor, expert_idx: Tensor | DispatchPlan,
+                 weights: Tensor | None = None, *, capacity: int | None = None,
+                 priority: str = "choice") -> Tensor:  # fmt: skip
         """Every token through its experts: x (T, d), expert_idx (T, k), weights (T, k) -> (T, d).
 
-        Under autocast products are in its dtype, as torch.nn.Linear's are."""
+        A plan in place of ids is for experts that are all here (no capacity). Under autocast
+        products are in its dtype, as torch.nn.Linear's are."""
         x = x.to(self._product_dtype(x))
         if self.exchange is not None:
             return self.exchange(self, x, expert_idx, weights, capacity, priority)
@@ -113,16 +115,18 @@ class ExpertStack(nn.Module):
             )
         return x.dtype
 
-    def local(self, x: Tensor, expert_idx: Tensor, weights: Tensor | None = None, *,
-              capacity: int | None = None, priority: str = "choice") -> Tensor:  # fmt: skip
+    def local(self, x: Tensor, expert_idx: Tensor | DispatchPlan, weights: Tensor | None = None,
+              *, capacity: int | None = None, priority: str = "choice") -> Tensor:  # fmt: skip
         """`dispatch` among the experts whose weights are here, in the dtype of x."""
         w1, b1, w2, b2 = (
             None if p is None else p.to(x.dtype) for p in (self.w1, self.b1, self.w2, self.b2)
         )
-        scores = weights if priority == "score" else None
-        plan = dispatch_plan(
-            expert_idx, w1.shape[0], capacity=capacity, priority=priority, scores=scores
-        )
+        plan = expert_idx
+        if not isinstance(plan, DispatchPlan):
+            scores = weights if priority == "score" else None
+            plan = dispatch_plan(
+                expert_idx, w1.shape[0], capacity=capacity, priority=priority, scores=scores
+            )
         dropping = self.training and self.dropout > 0
         if self.activation in FUSED and not dropping:
             return expert_mlp(

@@ -181,10 +181,10 @@ EXPERT_MLP = declare(
     public=1,
     # one token; each activation, gated and not; no bias; padding; tiles of the kernels and tails;
     # k = 3 without weights; no token
-    sizes={"test": [(1, 1, 1, 1, "relu", 0, 3, 2), (9, 2, 2, 1, "gelu", 0, 5, 4),
+    sizes={"test": [(1, 1, 1, 1, "relu", 0, 24, 8), (9, 2, 2, 1, "gelu", 0, 13, 12),
                     (20, 1, 3, 8, "silu", 1, 16, 8), (21, 3, 4, 1, "gelu", 1, 7, 9),
-                    (70, 2, 5, 4, "silu", 0, 33, 17), (150, 2, 3, 1, "relu", 1, 40, 70),
-                    (130, 1, 4, 1, "relu", 0, 72, 36), (0, 2, 2, 1, "relu", 0, 4, 3)],
+                    (70, 2, 5, 4, "silu", 0, 33, 17), (150, 2, 3, 1, "relu", 1, 40, 72),
+                    (130, 1, 4, 1, "relu", 0, 72, 36), (0, 2, 2, 1, "relu", 0, 16, 9)],
            "bench": [(4096, 1, 8, 1, "relu", 0, 1024, 256)]},
 )  # fmt: skip
 

@@ -112,8 +112,8 @@ GROUPED_LINEAR = declare(
     floor=_grouped_linear_floor,
     # one row; one expert; no bias; tiles of the kernels and tails in every direction; more experts
     # than rows; no row
-    sizes={"test": [(1, 1, 1, 1), (9, 1, 4, 8), (20, 3, 5, 7), (33, 4, 17, 16),
-                    (150, 5, 70, 40), (200, 3, 65, 129), (5, 9, 6, 3), (0, 1, 2, 2)],
+    sizes={"test": [(1, 1, 1, 1), (9, 1, 24, 8), (20, 3, 9, 7), (33, 4, 17, 16),
+                    (150, 5, 70, 40), (200, 3, 72, 136), (5, 9, 7, 6), (0, 1, 2, 2)],
            "bench": [(4096, 8, 1024, 256), (4096, 8, 256, 1024)]},
 )  # fmt: skip
 

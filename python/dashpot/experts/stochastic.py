@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dashpot.aggregate._rows import check_choice
-from dashpot.experts._plan import check_bool, check_int
+from dashpot.experts._plan import DispatchPlan, check_bool, check_int
 from dashpot.experts._stack import ExpertStack
+from dashpot.experts.random_plan import random_plan
 from dashpot.experts.route_balanced import route_balanced
 from dashpot.experts.route_random import route_random
 
@@ -152,11 +153,50 @@ class StochasticExperts(ExpertStack):
             return self.dispatch(flat, ids, weights).reshape(x.shape)
         if not self.training and self.inference == "fixed":
             ids = flat.new_full((flat.shape[0], 1), self.fixed_expert, dtype=torch.int32)
+        elif seq_ids is None and self._plans_directly():
+            ids = self._plan(x, pass_id, offset)
         else:
             ids = self.routes(x, pass_id=pass_id, seq_ids=seq_ids, num_seqs=num_seqs, offset=offset)
         return self.dispatch(flat, ids).reshape(x.shape)
 
     # ---- routes
+
+    def _plans_directly(self) -> bool:
+        """Whether `random_plan` knows these routes: one draw a token, tokens in their own order."""
+        return (
+            self.level == "token"
+            and not (self.balanced or self.distinct_passes)
+            and self.exchange is None  # which wants ids
+            and (self._passes() == 1 or self.batch_dim == 0)
+        )
+
+    def _plan(self, x: Tensor, pass_id: int, offset: int | Tensor | None) -> DispatchPlan:
+        """The plan of `routes`, which are not stored."""
+        passes = self._passes()
+        offset = self._offset(x, pass_id, offset)
+        if passes > 1:
+            self._check_batch_axis(x, passes)
+        return random_plan(
+            math.prod(x.shape[:-1]) // passes, self.E, num_passes=passes, seed=self.seed,
+            offset=offset + pass_id, device=x.device,
+        )  # fmt: skip
+
+    def _passes(self) -> int:
+        return self.num_passes if self.training else 1
+
+    def _offset(self, x: Tensor, pass_id: int, offset: int | Tensor | None) -> int | Tensor:
+        """The one given, or the counter, or a draw."""
+        check_int("pass_id", pass_id, 0, PASSES - self._passes())
+        if offset is None:
+            offset = self.offset
+        if offset is None:
+            if self.distinct_passes and pass_id:
+                raise ValueError(
+                    "pass_id: distinct passes share an offset; expected offset=, a layer made with "
+                    f"a counter (offset=0), or a doubled batch (num_passes=2), got {pass_id} alone"
+                )
+            offset = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+        return offset
 
     def routes(
         self,
@@ -168,17 +208,8 @@ class StochasticExperts(ExpertStack):
         offset: int | Tensor | None = None,
     ) -> Tensor:
         """The expert of each token, (T, 1) int32, that `forward` takes with these arguments."""
-        passes = self.num_passes if self.training else 1
-        check_int("pass_id", pass_id, 0, PASSES - passes)
-        if offset is None:
-            offset = self.offset
-        if offset is None:
-            if self.distinct_passes and pass_id:
-                raise ValueError(
-                    "pass_id: distinct passes share an offset; expected offset=, a layer made with "
-                    f"a counter (offset=0), or a doubled batch (num_passes=2), got {pass_id} alone"
-                )
-            offset = torch.randint(2**62, (), dtype=torch.int64, device=x.device)
+        passes = self._passes()
+        offset = self._offset(x, pass_id, offset)
         # A grid with the passes first, (P, ..., B / P, ...), on which the units' experts spread.
         shape, axis = tuple(x.shape[:-1]), self.batch_dim
         if passes == 1 and self.level != "sequence":
