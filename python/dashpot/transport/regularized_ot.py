@@ -59,9 +59,15 @@ def _solver_of(solver: str, reg: str, formulation: str, active: bool) -> str:
     return "auto" if active else "lbfgs"
 
 
+def _may_ask(tensor: Tensor) -> bool:
+    """Whether a number of the tensor may be looked at by the host."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _check_masses(problem) -> None:
-    """On the CPU; on a GPU it would wait for the device, and row_error tells."""
-    if problem.cost.device.type != "cpu":
+    """On the CPU; on a GPU it would wait for the device, in a compiled graph it would break it, and
+    row_error tells."""
+    if not _may_ask(problem.cost):
         return
     for name, mass in (("a", problem.a), ("b", problem.b)):
         if not bool((mass >= 0).all()):
@@ -168,7 +174,7 @@ def _laplacian_solve(weight: Tensor, rows: Tensor, rhs: Tensor, m: int) -> tuple
     direction, norm = scaled, (residual * scaled).sum(1)  # (B,)
     end = norm * torch.finfo(norm.dtype).eps ** 2
     for _ in range(min(CG_STEPS, 2 * residual.shape[1])):
-        if norm.device.type == "cpu" and bool((norm <= end).all()):
+        if _may_ask(norm) and bool((norm <= end).all()):
             break
         image = apply(direction)
         bend = (direction * image).sum(1)
@@ -241,7 +247,8 @@ def regularized_ot(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. Masses and NaN
-        are looked at on the CPU only: on a GPU that would wait for the device.
+        are looked at on the CPU only, outside compiled graphs: elsewhere that would wait for the
+        device.
 
     Nothing here waits for a GPU but "coo" and "csc"; on the CPU loops end with the last problem.
 
