@@ -27,11 +27,21 @@ def _hertz(mel: Tensor) -> Tensor:
 
 
 def mel_filters(sample_rate: float, n_fft: int, n_mels: int = 128) -> Tensor:
-    """(n_mels, n_fft // 2 + 1) triangles between 0 and half the sample rate, float32.
+    """Triangular filters, equally far apart on Slaney's mel scale, for `filters` of the STFT losses.
 
-    Their corners are equally far apart on Slaney's mel scale, and each has area 1 in Hz: what
-    `librosa.filters.mel` gives by default, which auraloss uses. Pass them as `filters` to
-    `stft_loss` or `multi_resolution_stft_loss`.
+    The corners go from 0 to half the sample rate, and each triangle has area 1 in Hz: what
+    `librosa.filters.mel` gives by default, which auraloss uses.
+
+    Args:
+        sample_rate: samples per second, a positive number.
+        n_fft: length of the transform.
+        n_mels: how many filters M; default of auraloss and librosa.
+
+    Returns:
+        (M, n_fft // 2 + 1) filters in float32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
     """
     sample_rate = check_number(sample_rate, "sample_rate", 0.0, strict=True)
     n_fft, n_mels = check_length(n_fft, "n_fft"), check_length(n_mels, "n_mels")
