@@ -27,7 +27,7 @@ def _hertz(mel: Tensor) -> Tensor:
 
 
 def mel_filters(sample_rate: float, n_fft: int, n_mels: int = 128) -> Tensor:
-    """Triangular filters, equally far apart on Slaney's mel scale, for `filters` of the STFT losses.
+    """Triangular filters, equally far apart on Slaney's mel scale: `filters` of the STFT losses.
 
     The corners go from 0 to half the sample rate, and each triangle has area 1 in Hz: what
     `librosa.filters.mel` gives by default, which auraloss uses.
