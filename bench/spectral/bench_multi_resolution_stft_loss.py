@@ -34,7 +34,7 @@ def frames(rows, samples, n_ffts, hops, device):
     return [(one, torch.fft.rfft(one)) for one in made]
 
 
-def transforms(input, target, windows, channels, n_ffts, hops, *_):
+def transforms(input, target, windows, filters, channels, n_ffts, hops, *_):
     """Of frames that lie ready: those of both signals forward, one back."""
     rows, samples = input.shape
     for frame, spectrum in frames(rows, samples, tuple(n_ffts), tuple(hops), input.device):

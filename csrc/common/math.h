@@ -1,9 +1,11 @@
-// exp and log of vectors (simd.h), float32 and float64, within 2 ulp; NaN and inf as in <cmath>.
+// exp, log and roots of vectors (simd.h), float32 and float64, within 2 ulp; NaN and inf as in
+// <cmath>.
 //
 //   exp(x) = 2^n e^r,  n = round(x / ln 2), |r| <= ln(2)/2: the series of e^r to the rounding
 //   log(x) = n ln 2 + 2 atanh(s),  x = 2^n m, m in [sqrt(1/2), sqrt(2)), s = (m - 1) / (m + 1)
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
@@ -106,6 +108,32 @@ DASHPOT_INLINE Vec<T, isa> log(Vec<T, isa> x) {
   result = x == T(0) ? -kInfinity - Vec<T, isa>{} : result;
   result = x == kInfinity ? x : result;
   return x >= T(0) ? result : std::numeric_limits<T>::quiet_NaN() - Vec<T, isa>{};
+}
+
+template <class T, Isa isa>
+DASHPOT_INLINE Vec<T, isa> sqrt(Vec<T, isa> x) {
+  constexpr int kWidth = kLanes<T, isa>;
+  T lanes[kWidth];
+  store<T, isa>(lanes, x);
+  for (int i = 0; i < kWidth; ++i) lanes[i] = std::sqrt(lanes[i]);  // one instruction
+  return load<T, isa>(lanes);
+}
+
+// sqrt(a^2 + b^2) without overflow or underflow on the way: a power of two brings squares that left
+// the range back into it.
+template <class T, Isa isa>
+DASHPOT_INLINE Vec<T, isa> hypot(Vec<T, isa> a, Vec<T, isa> b) {
+  using V = Vec<T, isa>;
+  constexpr bool kDouble = sizeof(T) == 8;
+  constexpr T kLarge = kDouble ? T(0x1p900) : T(0x1p100), kSmall = T(1) / kLarge;
+  constexpr T kDown = kDouble ? T(0x1p-600) : T(0x1p-80), kUp = kDouble ? T(0x1p600) : T(0x1p100);
+  const V square = a * a + b * b;
+  const auto large = square > kLarge, small = square < kSmall;
+  const V one = V{} + T(1);
+  const V by = large ? V{} + kDown : small ? V{} + kUp : one;
+  const V back = large ? V{} + T(1) / kDown : small ? V{} + T(1) / kUp : one;
+  const V c = a * by, d = b * by;
+  return sqrt<T, isa>(c * c + d * d) * back;
 }
 
 }  // namespace dashpot

@@ -36,6 +36,13 @@ void spectral_pairs_cuda(const SpectralCall& call, float* scratch, float* loss, 
 void spectral_batch_cuda(const SpectralCall& call, float* scratch, float* loss, int device,
                          void* stream);
 
+// Spectra that PyTorch's FFT made, (rows, F) complex in x and y (null for "complex"): compared, and
+// turned into those of the slopes that are wanted.
+int64_t spectral_whole_scratch(const SpectralCall& call, bool batch_mean);
+void spectral_whole_cuda(const SpectralCall& call, bool batch_mean, float* x, float* y,
+                         bool wants_x, bool wants_y, float* scratch, float* loss, int device,
+                         void* stream);
+
 // One resolution's terms: what norms' ratio and the sums of log and linear are multiplied with.
 struct StftTerms {
   float gap, log, linear;
@@ -58,5 +65,23 @@ struct StftDeviceCall {
 int64_t stft_scratch(const StftDeviceCall& call);
 void stft_cuda(const StftDeviceCall& call, float* scratch, float* losses, float* slope_x,
                float* slope_y, int device, void* stream);
+
+// focal_frequency_loss on the device: patches of images in the block's shared memory, or `spectra`
+// that PyTorch's FFT made, (items, h, F) complex, in place.
+struct FocalCall {
+  const void *x, *y;
+  float *slope, *spectra;  // one of them, or none where no slope is wanted
+  Dtype dtype;
+  int64_t images, factor, h, w;  // of a patch
+  FocalOptions options;
+  bool mean, wanted;
+  double share;  // 1 / elements of a loss
+};
+
+// Whether a patch of these sides, w even, fits a block.
+bool focal_in_block(int64_t h, int64_t w);
+int64_t focal_scratch(const FocalCall& call);
+// loss: () or (images,).
+void focal_cuda(const FocalCall& call, float* scratch, float* loss, int device, void* stream);
 
 }  // namespace dashpot::spectral

@@ -6,22 +6,22 @@
 // first-level cache it is weighted and transformed back. The division by the largest weight is left
 // to the end: it is one factor of the plane's loss and slope, or, for batch_matrix, of everything.
 //
+// Sides that no transform here takes go through PyTorch's FFT: one pass over a patch's spectrum
+// weighs it, and divides it by the largest weight while it is in the cache.
+//
 // With D the spectrum, P = |D|^2: loss = sum w P / (numel top), slope = 2 / (numel top) idft(w D).
 #include <optional>
 #include <tuple>
 
 #include "common/bind.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
-#include "spectral/rows.h"
+#include "spectral/cuda.h"
+#include "spectral/whole.h"
 
 namespace dashpot::spectral {
 namespace {
-
-struct FocalOptions {
-  double alpha;
-  bool log, batch;
-};
 
 // Spectra of a group of rows as real and imaginary parts: parts (2, m + 1) vectors.
 template <class T>
@@ -69,11 +69,11 @@ DASHPOT_INLINE Vec<T, isa> weights_of(Vec<T, isa> power, const FocalOptions& opt
   if (options.alpha == 0) {
     w = V{} + T(1);
   } else if (options.alpha == 1) {
-    w = sqrt_lanes<T, isa>(power);
+    w = sqrt<T, isa>(power);
   } else if (options.alpha != 2) {
     for (int l = 0; l < kWidth; ++l) w[l] = std::pow(power[l], static_cast<T>(options.alpha / 2));
   }
-  return options.log ? log_lanes<T, isa>(w + T(1)) : w;
+  return options.log ? log<T, isa>(w + T(1)) : w;
 }
 
 // Columns [0, lanes) of a half spectrum: transformed, weighted, transformed back in `data`.
@@ -97,6 +97,44 @@ struct WeighColumns {
     }
     store<T, isa>(totals, total * load<T, isa>(twice));
     store<T, isa>(totals + kWidth, top);
+  }
+};
+
+// `count` bins of a row of a spectrum that PyTorch's FFT made become w D; twice (count,): h.
+// totals: sum of h w P and largest w, added to.
+template <class T>
+struct WeighWhole {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(T* x, int64_t rows, int64_t count, const FocalOptions* options,
+                                 const T* twice, double* totals) {
+    using V = Vec<T, isa>;
+    using At = Interleaved<T, isa>;
+    V top{};
+    for (int64_t row = 0; row < rows; ++row, x += 2 * count) {
+      V total{};
+      for (int64_t k = 0; k < count; k += At::kWidth) {
+        const V h = At::numbers(twice + k, count - k);
+        Complex<V> z = At::load(x + 2 * k, count - k);
+        const V power = z.re * z.re + z.im * z.im;
+        const V w = h > V{} ? weights_of<T, isa>(power, *options) : V{};  // 0 beyond the row
+        total += h * w * power;
+        top = w > top ? w : top;
+        z.re *= w, z.im *= w;
+        At::store(x + 2 * k, z, count - k);
+      }
+      totals[0] += sum_lanes<T, isa>(total);
+    }
+    for (int i = 0; i < At::kWidth; ++i) {
+      totals[1] = static_cast<double>(top[i]) > totals[1] ? static_cast<double>(top[i]) : totals[1];
+    }
+  }
+};
+
+template <class T>
+struct Multiply {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(T* x, int64_t count, T factor) {
+    for (int64_t i = 0; i < count; ++i) x[i] *= factor;
   }
 };
 
@@ -133,14 +171,20 @@ struct Focal {
     return (image * height + patch / factor * h) * width + patch % factor * w;
   }
 
+  // Bytes of a thread: a half spectrum, a group of rows or columns, and the rows' spectra.
+  static int64_t scratch_bytes(int64_t h, int64_t w) {
+    const int64_t lane = lanes<T>(), bins = w / 2 + 1, stride = (bins + lane - 1) / lane * lane;
+    return room<T>(2 * h * stride) + room<T>(std::max(w, 2 * h) * lane) + room<T>(2 * bins * lane);
+  }
+
   // Returns {sum of w P, largest w} of a patch.
-  std::pair<double, double> run(int64_t item) const {
+  std::pair<double, double> run(int64_t item, Share share) const {
     const RealPlan<T>& rows = RealPlan<T>::of(static_cast<int>(w));
     const FftPlan<T>& columns = FftPlan<T>::of(static_cast<int>(h));
     const int64_t lane = lanes<T>(), bins = w / 2 + 1, stride = (bins + lane - 1) / lane * lane;
-    T* plane = scratch<T>(0, 2 * h * stride);
-    T* data = scratch<T>(1, std::max(w, 2 * h) * lane);
-    T* parts = scratch<T>(2, 2 * bins * lane);
+    T* plane = share.take<T>(2 * h * stride);
+    T* data = share.take<T>(std::max(w, 2 * h) * lane);
+    T* parts = share.take<T>(2 * bins * lane);
     T *re = plane, *im = plane + h * stride;
     const T scale = static_cast<T>(1 / std::sqrt(static_cast<double>(h * w)));
     for (int64_t first = 0; first < h; first += lane) {
@@ -212,24 +256,112 @@ struct Focal {
   }
 };
 
-template <class T, class In>
-void run_focal(const Focal<T, In>& focal, int64_t images, bool mean, int threads, T* loss) {
-  const int64_t items = images * focal.patches();
-  std::vector<std::pair<double, double>> found(items);
-  parallel_for(items, threads, [&](int64_t item) { found[item] = focal.run(item); });
+// Sums and largest weights of the patches, (items,), to losses. Returns what slopes, divided by no
+// largest weight yet, are to be multiplied with for batch_matrix.
+template <class T>
+double finish(const std::vector<std::pair<double, double>>& found, const FocalOptions& options,
+              int64_t patches, bool mean, double share, T* loss) {
+  const int64_t items = static_cast<int64_t>(found.size());
   double top = 0;
   for (const auto& one : found) top = std::max(top, one.second);
-  std::vector<double> losses(mean ? 1 : images, 0.0);
+  std::vector<double> losses(mean ? 1 : items / patches, 0.0);
   for (int64_t item = 0; item < items; ++item) {
-    const double by = focal.options.batch ? top : found[item].second;
-    losses[mean ? 0 : item / focal.patches()] += by > 0 ? found[item].first / by : 0.0;
+    const double by = options.batch ? top : found[item].second;
+    losses[mean ? 0 : item / patches] += by > 0 ? found[item].first / by : 0.0;
   }
-  for (size_t i = 0; i < losses.size(); ++i) loss[i] = static_cast<T>(losses[i] * focal.share);
+  for (size_t i = 0; i < losses.size(); ++i) loss[i] = static_cast<T>(losses[i] * share);
+  return top > 0 ? 1 / top : 0.0;
+}
+
+template <class T, class In>
+void run_focal(const Focal<T, In>& focal, int64_t images, bool mean, int threads,
+               const Scratch& scratch, T* loss) {
+  const int64_t items = images * focal.patches();
+  std::vector<std::pair<double, double>> found(items);
+  parallel_for(items, threads,
+               [&](int64_t item) { found[item] = focal.run(item, scratch.mine()); });
+  const double scale = finish(found, focal.options, focal.patches(), mean, focal.share, loss);
   if (!focal.slope || !focal.options.batch) return;
-  const T scale = static_cast<T>(top > 0 ? 1 / top : 0.0);
   const int64_t plane = focal.height * focal.width;
   parallel_for(images, threads, [&](int64_t image) {
-    for (int64_t i = image * plane; i < (image + 1) * plane; ++i) focal.slope[i] *= scale;
+    run_on_isa<Multiply<T>>(focal.slope + image * plane, plane, static_cast<T>(scale));
+  });
+}
+
+// What both backends allocate and check.
+struct Outputs {
+  Dtype type;
+  bool mean, wanted;
+  int64_t images, height, width, factor;  // images: N C
+  Tensor loss, slope;
+  double share;  // 1 / elements of a loss
+
+  Outputs(const Tensor& input, const Tensor& target, int64_t patch_factor,
+          const std::string& reduction, const std::vector<bool>& wants)
+      : type(input.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32),
+        mean(reduction == "mean"),
+        wanted(wants[0] || wants[1]),
+        images(input.size(0) * input.size(1)),
+        height(input.size(2)),
+        width(input.size(3)),
+        factor(patch_factor),
+        share(1.0 / static_cast<double>(mean ? input.numel : height * width)) {
+    if (target.dtype != input.dtype || target.numel != input.numel || height % factor ||
+        width % factor) {
+      throw std::invalid_argument("target: expected the input's dtype and shape, in whole patches");
+    }
+    loss = mean ? input.new_empty({}, type) : input.new_empty({input.size(0), input.size(1)}, type);
+    slope = input.new_empty({0}, type);
+  }
+
+  int64_t patches() const { return factor * factor; }
+  int64_t h() const { return height / factor; }
+  int64_t w() const { return width / factor; }
+  bool smooth() const { return is_smooth(h()) && is_real_length(w()); }
+};
+
+// PyTorch's transforms of all patches, (items, h, F, 2), and of what became of them.
+Tensor patch_spectra(const Outputs& out, const Tensor& input, const Tensor& target) {
+  const auto patches = [&](const Tensor& image) {
+    Tensor cut = image;
+    cut.object = image.object.attr("view")(out.images, out.factor, out.h(), out.factor, out.w())
+                     .attr("permute")(0, 1, 3, 2, 4);
+    return cut;
+  };
+  const Tensor other = patches(target);
+  return transformed("rfft2", patches(input), &other, out.type, "ortho");
+}
+
+Tensor patches_back(const Outputs& out, const Tensor& input, const Tensor& spectra) {
+  const py::object size = py::make_tuple(out.h(), out.w());
+  const Tensor cut = transformed_back("irfft2", spectra, size, "ortho");
+  return Tensor::from(
+      cut.object.attr("permute")(0, 1, 3, 2, 4).attr("reshape")(input.object.attr("shape")));
+}
+
+template <class T>
+void weigh_whole(const Outputs& out, T* spectra, const FocalOptions& options, int threads,
+                 T* loss) {
+  const int64_t items = out.images * out.patches(), bins = out.w() / 2 + 1;
+  const int64_t size = out.h() * bins;
+  std::vector<T> twice(bins, T(2));
+  twice[0] = 1;
+  if (out.w() % 2 == 0) twice[bins - 1] = 1;
+  std::vector<std::pair<double, double>> found(items);
+  parallel_for(items, threads, [&](int64_t item) {
+    double totals[2] = {0, 0};
+    T* own = spectra + 2 * item * size;
+    run_on_isa<WeighWhole<T>>(own, out.h(), bins, &options, static_cast<const T*>(twice.data()),
+                              static_cast<double*>(totals));
+    found[item] = {totals[0], totals[1]};
+    const double by = options.batch ? 1 : totals[1];
+    const T factor = static_cast<T>(by > 0 ? 2 * out.share / by : 0.0);
+    if (out.wanted) run_on_isa<Multiply<T>>(own, 2 * size, factor);
+  });
+  const double scale = finish(found, options, out.patches(), out.mean, out.share, loss);
+  if (!out.wanted || !options.batch) return;
+  parallel_for(items, threads, [&](int64_t item) {
+    run_on_isa<Multiply<T>>(spectra + 2 * item * size, 2 * size, static_cast<T>(scale));
   });
 }
 
@@ -239,56 +371,80 @@ std::tuple<Tensor, Tensor> focal_frequency_loss_forward(const Tensor& input, con
                                                         int64_t patch_factor,
                                                         const std::string& reduction,
                                                         const std::vector<bool>& wants) {
-  const int64_t n = input.size(0), c = input.size(1), height = input.size(2), width = input.size(3);
-  const Dtype type = input.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
-  const bool mean = reduction == "mean";
-  if (target.dtype != input.dtype || target.numel != input.numel || height % patch_factor ||
-      width % patch_factor) {
-    throw std::invalid_argument("target: expected the input's dtype and shape, in whole patches");
-  }
-  const Tensor loss = mean ? input.new_empty({}, type) : input.new_empty({n, c}, type);
-  const bool wanted = wants[0] || wants[1];
-  const Tensor slope =
-      wanted ? input.new_empty({n, c, height, width}, type) : input.new_empty({0}, type);
+  Outputs out(input, target, patch_factor, reduction, wants);
+  const FocalOptions options{alpha, log_matrix, batch_matrix};
   const int threads = num_threads();
-  const py::gil_scoped_release release;
+  if (!out.smooth() || out.h() > kLongest) {
+    const Tensor spectra = patch_spectra(out, input, target);
+    if (out.type == Dtype::kFloat64) {
+      weigh_whole(out, spectra.as<double>(), options, threads, out.loss.as<double>());
+    } else {
+      weigh_whole(out, spectra.as<float>(), options, threads, out.loss.as<float>());
+    }
+    if (out.wanted) out.slope = patches_back(out, input, spectra);
+    return {out.loss, out.slope};
+  }
+  if (out.wanted) out.slope = empty_like(input, out.type);
   dispatch_floating(input.dtype, [&](auto element) {
     using In = decltype(element);
     using T = std::conditional_t<std::is_same_v<In, double>, double, float>;
-    const Focal<T, In> focal{input.as<In>(),
-                             target.as<In>(),
-                             wanted ? slope.as<T>() : nullptr,
-                             patch_factor,
-                             height,
-                             width,
-                             height / patch_factor,
-                             width / patch_factor,
-                             {alpha, log_matrix, batch_matrix},
-                             1.0 / static_cast<double>(mean ? input.numel : height * width)};
-    run_focal(focal, n * c, mean, threads, loss.as<T>());
+    const Scratch scratch(input, threads, Focal<T, In>::scratch_bytes(out.h(), out.w()));
+    const py::gil_scoped_release release;
+    const Focal<T, In> focal{
+        input.as<In>(), target.as<In>(), out.wanted ? out.slope.as<T>() : nullptr,
+        patch_factor,   out.height,      out.width,
+        out.h(),        out.w(),         options,
+        out.share};
+    run_focal(focal, out.images, out.mean, threads, scratch, out.loss.as<T>());
   });
-  return {loss, slope};
+  return {out.loss, out.slope};
 }
 
 std::optional<std::string> focal_frequency_loss_supports(const py::args& args) {
-  const py::object shape = args[0].attr("shape");
-  const int64_t factor = py::cast<int64_t>(args[6]);
-  const int64_t h = py::cast<int64_t>(shape[py::int_(2)]) / factor;
-  const int64_t w = py::cast<int64_t>(shape[py::int_(3)]) / factor;
   if (!args[2].is_none()) return "takes no weight";
-  if (py::cast<int64_t>(shape[py::int_(0)]) == 0) return "takes no empty batch";
-  if (!is_smooth(h) || !is_real_length(w) || h > kLongest) {
-    return "takes patches of even width, both sides without prime factors beyond 5, got " +
-           std::to_string(h) + " x " + std::to_string(w);
-  }
+  if (py::cast<int64_t>(args[0].attr("shape")[py::int_(0)]) == 0) return "takes no empty batch";
   return std::nullopt;
 }
+
+#ifdef DASHPOT_CUDA
+std::tuple<Tensor, Tensor> focal_frequency_loss_forward_cuda(
+    const Tensor& input, const Tensor& target, const std::optional<Tensor>&, double alpha,
+    bool log_matrix, bool batch_matrix, int64_t patch_factor, const std::string& reduction,
+    const std::vector<bool>& wants) {
+  Outputs out(input, target, patch_factor, reduction, wants);
+  FocalCall call{input.data, target.data, nullptr,  nullptr, input.dtype,
+                 out.images, out.factor,  out.h(),  out.w(), {alpha, log_matrix, batch_matrix},
+                 out.mean,   out.wanted,  out.share};
+  Tensor spectra;
+  if (out.smooth() && focal_in_block(out.h(), out.w())) {
+    if (out.wanted) out.slope = empty_like(input, out.type);
+    call.slope = out.wanted ? out.slope.as<float>() : nullptr;
+  } else {
+    spectra = patch_spectra(out, input, target);
+    call.spectra = spectra.as<float>();
+  }
+  const Tensor scratch = input.new_empty({focal_scratch(call)}, Dtype::kFloat32);
+  const Place place = place_of(input);
+  focal_cuda(call, scratch.as<float>(), out.loss.as<float>(), place.device, place.stream);
+  if (call.spectra && out.wanted) out.slope = patches_back(out, input, spectra);
+  return {out.loss, out.slope};
+}
+
+std::optional<std::string> focal_frequency_loss_supports_cuda(const py::args& args) {
+  if (py::str(args[0].attr("dtype")).equal(py::str("torch.float64"))) return "has no float64";
+  return focal_frequency_loss_supports(args);
+}
+#endif
 
 }  // namespace
 
 DASHPOT_BIND(m) {
   m.def("focal_frequency_loss_forward", &focal_frequency_loss_forward);
   m.def("focal_frequency_loss_supports", &focal_frequency_loss_supports);
+#ifdef DASHPOT_CUDA
+  m.def("focal_frequency_loss_forward_cuda", &focal_frequency_loss_forward_cuda);
+  m.def("focal_frequency_loss_supports_cuda", &focal_frequency_loss_supports_cuda);
+#endif
 }
 
 }  // namespace dashpot::spectral

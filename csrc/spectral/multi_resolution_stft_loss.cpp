@@ -14,6 +14,7 @@
 
 #include "common/bind.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
 #include "spectral/cuda.h"
 #include "spectral/rows.h"
@@ -58,8 +59,8 @@ struct CompareFrames {
     DASHPOT_INLINE void compare(const FrameTask<T>& task, V* sums, T counts) {
       const V power_x = x.re * x.re + x.im * x.im, power_y = y.re * y.re + y.im * y.im;
       const V least = V{} + task.power_floor;
-      m_x = sqrt_lanes<T, isa>(power_x < least ? least : power_x);
-      m_y = sqrt_lanes<T, isa>(power_y < least ? least : power_y);
+      m_x = sqrt<T, isa>(power_x < least ? least : power_x);
+      m_y = sqrt<T, isa>(power_y < least ? least : power_y);
       // Below the floor a bin has no gradient; otherwise d m / dX = X / m.
       const V back_x = power_x < least ? V{} : T(1) / m_x;
       const V back_y = power_y < least ? V{} : T(1) / m_y;
@@ -70,7 +71,7 @@ struct CompareFrames {
       sums[0] += counts * (gap * gap);
       sums[1] += counts * (m_y * m_y);
       if (task.log) {
-        const V ratio = log_lanes<T, isa>(m_x / m_y);
+        const V ratio = log<T, isa>(m_x / m_y);
         sums[2] += counts * (task.l2 ? ratio * ratio : sign * ratio);
         if (task.l2) over = T(2) * ratio;
       }
@@ -163,14 +164,13 @@ struct Part {
   const RealPlan<T>* plan;
   std::vector<T> window;
   std::vector<Channel> channels;
-  int64_t span;  // samples of a full segment
-  std::unique_ptr<T, void (*)(void*)> slopes{nullptr,
-                                             std::free};  // (rows, segments, channels, span)
-  std::vector<double> sums;                               // (rows, segments, 4)
+  int64_t span;              // samples of a full segment
+  T* slopes = nullptr;       // (rows, segments, channels, span)
+  std::vector<double> sums;  // (rows, segments, 4)
 
   T* slope(int64_t row, int64_t segment, int64_t channel) const {
     const int64_t count = static_cast<int64_t>(channels.size());
-    return slopes.get() + ((row * shape.segments + segment) * count + channel) * span;
+    return slopes + ((row * shape.segments + segment) * count + channel) * span;
   }
   int64_t frames_of(int64_t segment) const {
     return std::min(kSegment, shape.frames - segment * kSegment);
@@ -197,13 +197,13 @@ struct Frames {
     for (int64_t i = last; i < span; ++i) to[i] = convert<T>(row[mirrored(begin + i, call.t)]);
   }
 
-  void run(Part<T>& part, int64_t row, int64_t segment) const {
+  void run(Part<T>& part, int64_t row, int64_t segment, Share share) const {
     const Resolution& shape = part.shape;
     const int64_t width = lanes<T>(), n = shape.n_fft, count = part.frames_of(segment);
     const int64_t span = shape.span(count), wanted = static_cast<int64_t>(part.channels.size());
-    T *samples_x = scratch<T>(0, span), *samples_y = scratch<T>(1, span);
-    T *at_x = scratch<T>(2, n * width), *at_y = scratch<T>(3, n * width);
-    T* to[2] = {scratch<T>(4, n * width), scratch<T>(5, n * width)};
+    T *samples_x = share.take<T>(span), *samples_y = share.take<T>(span);
+    T *at_x = share.take<T>(n * width), *at_y = share.take<T>(n * width);
+    T* to[2] = {share.take<T>(n * width), share.take<T>(n * width)};
     lay_out(x + row * call.t, part, segment, span, samples_x);
     lay_out(y + row * call.t, part, segment, span, samples_y);
     for (int64_t c = 0; c < wanted; ++c) std::fill_n(part.slope(row, segment, c), span, T(0));
@@ -338,37 +338,49 @@ void gather(const StftCall& call, const std::vector<Part<T>>& parts,
   }
 }
 
-template <class T, class In>
-void run_stft(const StftCall& call, const In* x, const In* y, const std::vector<const T*>& windows,
-              int threads, T* out, T* slope_x, T* slope_y) {
+// Everything a call needs beside its outputs; made with the GIL held.
+template <class T>
+struct Work {
   std::vector<Part<T>> parts;
   std::vector<std::tuple<int64_t, int64_t, int64_t>> items;  // part, row, segment
-  for (size_t r = 0; r < call.resolutions.size(); ++r) {
-    const Resolution& shape = call.resolutions[r];
-    Part<T> part;
-    part.shape = shape;
-    part.plan = &RealPlan<T>::of(static_cast<int>(shape.n_fft));
-    part.window = window_of<T>(shape.length, windows.empty() ? nullptr : windows[r]);
-    for (const bool target : {false, true}) {
-      if ((target ? slope_y : slope_x) == nullptr) continue;
-      for (const Channel& one : call.slopes(r, target)) part.channels.push_back(one);
+  std::vector<Tensor> memory;                                // the parts' slopes
+  int64_t bytes = 0;                                         // of a thread's scratch
+
+  Work(const StftCall& call, const Tensor& like, Dtype type, const std::vector<const T*>& windows,
+       const std::vector<bool>& wants) {
+    for (size_t r = 0; r < call.resolutions.size(); ++r) {
+      const Resolution& shape = call.resolutions[r];
+      Part<T> part;
+      part.shape = shape;
+      part.plan = &RealPlan<T>::of(static_cast<int>(shape.n_fft));
+      part.window = window_of<T>(shape.length, windows.empty() ? nullptr : windows[r]);
+      for (const bool target : {false, true}) {
+        if (!wants[target]) continue;
+        for (const Channel& one : call.slopes(r, target)) part.channels.push_back(one);
+      }
+      part.span = shape.span(std::min(kSegment, shape.frames));
+      const int64_t count = call.rows * shape.segments;
+      const int64_t channels = static_cast<int64_t>(part.channels.size());
+      memory.push_back(like.new_empty({count * channels * part.span}, type));
+      part.slopes = memory.back().as<T>();
+      part.sums.assign(count * kSums, 0.0);
+      for (int64_t row = 0; row < call.rows; ++row) {
+        for (int64_t s = 0; s < shape.segments; ++s) items.emplace_back(r, row, s);
+      }
+      bytes = std::max(bytes, 2 * room<T>(part.span) + 4 * room<T>(shape.n_fft * lanes<T>()));
+      parts.push_back(std::move(part));
     }
-    part.span = shape.span(std::min(kSegment, shape.frames));
-    const int64_t count = call.rows * shape.segments;
-    const int64_t bytes =
-        count * static_cast<int64_t>(part.channels.size() * sizeof(T)) * part.span;
-    part.slopes.reset(static_cast<T*>(std::malloc(std::max<int64_t>(bytes, 1))));
-    if (!part.slopes) throw std::bad_alloc();
-    part.sums.assign(count * kSums, 0.0);
-    for (int64_t row = 0; row < call.rows; ++row) {
-      for (int64_t s = 0; s < shape.segments; ++s) items.emplace_back(r, row, s);
-    }
-    parts.push_back(std::move(part));
   }
+};
+
+template <class T, class In>
+void run_stft(const StftCall& call, const In* x, const In* y, Work<T>& work, int threads,
+              const Scratch& scratch, T* out, T* slope_x, T* slope_y) {
+  std::vector<Part<T>>& parts = work.parts;
   const Frames<T, In> frames{call, x, y};
-  parallel_for(static_cast<int64_t>(items.size()), threads, [&](int64_t item) {
-    const auto& [r, row, segment] = items[item];
-    frames.run(parts[r], row, segment);
+  parallel_for(static_cast<int64_t>(work.items.size()), threads, [&](int64_t item) {
+    const auto& [r, row, segment] = work.items[item];
+    frames.run(parts[r], row, segment, scratch.mine());
   });
   std::vector<double> losses(call.none ? call.examples : 1, 0.0);
   std::vector<std::vector<double>> factors;
@@ -385,11 +397,12 @@ void run_stft(const StftCall& call, const In* x, const In* y, const std::vector<
 using Outputs = std::tuple<Tensor, Tensor, Tensor>;  // loss or terms, slopes
 
 Outputs multi_resolution_stft_loss_forward(
-    const Tensor& input, const Tensor& target, const std::vector<Tensor>& windows, int64_t channels,
-    const std::vector<int64_t>& n_ffts, const std::vector<int64_t>& hops,
-    const std::vector<int64_t>& win_lengths, const std::vector<double>& weights, double power_floor,
-    const std::string& mag_distance, const std::string& sc_reduction, const std::string& reduction,
-    bool split, const std::vector<bool>& wants) {
+    const Tensor& input, const Tensor& target, const std::vector<Tensor>& windows,
+    const std::vector<Tensor>&, int64_t channels, const std::vector<int64_t>& n_ffts,
+    const std::vector<int64_t>& hops, const std::vector<int64_t>& win_lengths,
+    const std::vector<double>& weights, double power_floor, const std::string& mag_distance,
+    const std::string& sc_reduction, const std::string& reduction, bool, bool split,
+    const std::vector<bool>& wants) {
   const int64_t rows = input.size(0), t = input.size(1), examples = rows / channels;
   const Dtype type = input.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
   const int64_t count = static_cast<int64_t>(n_ffts.size());
@@ -426,7 +439,6 @@ Outputs multi_resolution_stft_loss_forward(
   };
   const Tensor slope_x = slope(wants[0]), slope_y = slope(wants[1]);
   const int threads = num_threads();
-  const py::gil_scoped_release release;
   dispatch_floating(input.dtype, [&](auto element) {
     using In = decltype(element);
     using T = std::conditional_t<std::is_same_v<In, double>, double, float>;
@@ -435,29 +447,40 @@ Outputs multi_resolution_stft_loss_forward(
       if (window.dtype != type) throw std::invalid_argument("windows: expected the work dtype");
       given.push_back(window.as<T>());
     }
-    run_stft<T, In>(call, input.as<In>(), target.as<In>(), given, threads, out.as<T>(),
+    Work<T> work(call, input, type, given, wants);
+    const Scratch scratch(input, threads, work.bytes);
+    const py::gil_scoped_release release;
+    run_stft<T, In>(call, input.as<In>(), target.as<In>(), work, threads, scratch, out.as<T>(),
                     wants[0] ? slope_x.as<T>() : nullptr, wants[1] ? slope_y.as<T>() : nullptr);
   });
   return {out, slope_x, slope_y};
 }
 
+// What neither backend takes.
+std::optional<std::string> unsupported(const py::args& args) {
+  if (py::len(args[3]) > 0) return "takes no filters";
+  if (py::cast<bool>(args[13])) return "has no scale_invariance";
+  return std::nullopt;
+}
+
 std::optional<std::string> multi_resolution_stft_loss_supports(const py::args& args) {
-  for (const py::handle n : args[4]) {
+  for (const py::handle n : args[5]) {
     if (!is_real_length(py::cast<int64_t>(n))) {
       return "takes even n_ffts up to " + std::to_string(kLongest) +
              " without prime factors beyond 5, got " + std::to_string(py::cast<int64_t>(n));
     }
   }
-  return std::nullopt;
+  return unsupported(args);
 }
 
 #ifdef DASHPOT_CUDA
 Outputs multi_resolution_stft_loss_forward_cuda(
-    const Tensor& input, const Tensor& target, const std::vector<Tensor>& windows, int64_t channels,
-    const std::vector<int64_t>& n_ffts, const std::vector<int64_t>& hops,
-    const std::vector<int64_t>& win_lengths, const std::vector<double>& weights, double power_floor,
-    const std::string& mag_distance, const std::string& sc_reduction, const std::string& reduction,
-    bool, const std::vector<bool>& wants) {
+    const Tensor& input, const Tensor& target, const std::vector<Tensor>& windows,
+    const std::vector<Tensor>&, int64_t channels, const std::vector<int64_t>& n_ffts,
+    const std::vector<int64_t>& hops, const std::vector<int64_t>& win_lengths,
+    const std::vector<double>& weights, double power_floor, const std::string& mag_distance,
+    const std::string& sc_reduction, const std::string& reduction, bool, bool,
+    const std::vector<bool>& wants) {
   const int64_t rows = input.size(0), t = input.size(1), examples = rows / channels;
   const bool none = reduction == "none";
   StftDeviceCall call{input.data,
@@ -498,15 +521,14 @@ Outputs multi_resolution_stft_loss_forward_cuda(
 
 std::optional<std::string> multi_resolution_stft_loss_supports_cuda(const py::args& args) {
   if (py::str(args[0].attr("dtype")).equal(py::str("torch.float64"))) return "has no float64";
-  if (py::cast<bool>(args[12])) return "returns no single terms";
-  if (py::cast<int64_t>(args[0].attr("shape")[py::int_(0)]) > 65535) return "takes 65,535 rows";
-  for (const py::handle n : args[4]) {
+  if (py::cast<bool>(args[14])) return "returns no single terms";
+  for (const py::handle n : args[5]) {
     if (!is_real_length(py::cast<int64_t>(n)) || py::cast<int64_t>(n) > kLongestInBlock) {
       return "takes even n_ffts up to " + std::to_string(kLongestInBlock) +
              " without prime factors beyond 5, got " + std::to_string(py::cast<int64_t>(n));
     }
   }
-  return std::nullopt;
+  return unsupported(args);
 }
 #endif
 

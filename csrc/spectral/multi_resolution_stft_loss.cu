@@ -7,7 +7,15 @@
 // of a row, transforms the frames that touch it again, turns their bins into derivatives,
 // transforms back and adds windowed samples up in shared memory: no atomics, one order. The last
 // kernel adds resolutions and folds mirrored samples back. A segment is four windows long, so a
-// quarter of the frames are transformed twice. Memory: the padded slopes of R resolutions.
+// quarter of the frames are transformed twice; shorter where four windows would not fit the shared
+// memory that every device since sm_80 gives a block. Memory: the padded slopes of R resolutions.
+//
+// Per resolution and sample of a row, with c = length / hop frames over each (5 by default, so that
+// all but the first read of a sample come from the caches), L = 2.5 log2 n_fft:
+//
+//   sums     8 c bytes read, 16 written per group of frames   2 L n_fft / hop FLOPs
+//   slopes   10 c bytes read, 4 written                       3.75 L n_fft / hop FLOPs
+//   fold     4 bytes read, 4 to 8 at the slope
 #include <algorithm>
 
 #include "common/fft.cuh"
@@ -20,7 +28,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSamples = 2048;  // of a signal in a block, if frames are shorter
 constexpr int kMostFrames = 8;
-constexpr int kSums = 4;  // (m_x - m_y)^2, m_y^2, log, linear
+constexpr int kSums = 4;                // (m_x - m_y)^2, m_y^2, log, linear
+constexpr int64_t kShared = 96 * 1024;  // sm_86 has 99 KiB, less what is static
 
 struct Frames {
   BlockFft fft;  // of half of n_fft
@@ -124,14 +133,16 @@ __device__ __forceinline__ void transform_frames(const Frames& f, const In* x, c
   block_fft<false>(at.y, count, f.fft, at.roots);
 }
 
-// Grid: (groups of frames, rows). sums (rows, groups, 4).
+// Grid: rows times groups of frames. sums (rows, groups, 4).
 template <class In>
 __global__ void __launch_bounds__(kThreads)
-    stft_sums_kernel(const __grid_constant__ Frames f, const In* x, const In* y, float* sums) {
+    stft_sums_kernel(const __grid_constant__ Frames f, const In* x, const In* y, unsigned groups,
+                     float* sums) {
   DASHPOT_DYNAMIC_SHARED(float2, shared);
   __shared__ float partial[kSums][kThreads / 32];
   const Layout at(shared, f);
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * f.group, row = blockIdx.y;
+  const int64_t first = static_cast<int64_t>(blockIdx.x % groups) * f.group;
+  const int64_t row = blockIdx.x / groups;
   const int m = f.fft.n, pitch = pitch_of(m);
   const int count =
       static_cast<int>(f.frames - first < f.group ? f.frames - first : int64_t{f.group});
@@ -157,7 +168,7 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x < kSums) {
     float all = 0.f;
     for (int w = 0; w < kThreads / 32; ++w) all += partial[threadIdx.x][w];
-    sums[(row * gridDim.x + blockIdx.x) * kSums + threadIdx.x] = all;
+    sums[static_cast<int64_t>(blockIdx.x) * kSums + threadIdx.x] = all;
   }
 }
 
@@ -207,15 +218,16 @@ __global__ void __launch_bounds__(kThreads)
   *losses = static_cast<float>((first ? 0.0 : *losses) + loss);
 }
 
-// Grid: (segments, rows). slopes: (rows, span) of positions from f.begin on; may be null.
+// Grid: rows times segments. slopes: (rows, span) of positions from f.begin on; may be null.
 template <class In>
 __global__ void __launch_bounds__(kThreads)
     stft_slopes_kernel(const __grid_constant__ Frames f, const In* x, const In* y,
                        const __grid_constant__ StftTerms terms, const float* factors, bool target,
-                       int segment, int64_t span, float* slopes) {
+                       int segment, unsigned segments, int64_t span, float* slopes) {
   DASHPOT_DYNAMIC_SHARED(float2, shared);
   const Layout at(shared, f);
-  const int64_t start = static_cast<int64_t>(blockIdx.x) * segment, row = blockIdx.y;
+  const int64_t start = static_cast<int64_t>(blockIdx.x % segments) * segment;
+  const int64_t row = blockIdx.x / segments;
   const int m = f.fft.n, pitch = pitch_of(m), pairs = m / 2 + 1;
   const int size = static_cast<int>(span - start < segment ? span - start : int64_t{segment});
   const int64_t example = row / terms.channels;
@@ -298,7 +310,16 @@ struct Sizes {
       : frames(1 + call.t / call.hops[r]),
         groups((frames + group_of(call.n_ffts[r]) - 1) / group_of(call.n_ffts[r])),
         span((frames - 1) * call.hops[r] + call.lengths[r]),
-        segment(static_cast<int>(4 * call.lengths[r])) {}
+        segment(static_cast<int>(std::min(4 * call.lengths[r], room(call, r)))) {}
+
+  // Samples that the shared memory has room for beside the tables and the frames.
+  static int64_t room(const StftDeviceCall& call, size_t r) {
+    Frames f{};
+    f.fft.n = static_cast<int>(call.n_ffts[r] / 2);
+    f.group = group_of(call.n_ffts[r]);
+    f.length = static_cast<int>(call.lengths[r]);
+    return (kShared - shared_bytes(f, 0)) / static_cast<int64_t>(sizeof(float));
+  }
 };
 
 }  // namespace
@@ -336,22 +357,22 @@ void stft_cuda(const StftDeviceCall& call, float* scratch, float* losses, float*
     float* factors = scratch;
     float* sums = factors + 2 * call.terms[r].examples;
     float* slopes = sums + call.rows * sizes.groups * kSums;
-    const unsigned rows = static_cast<unsigned>(call.rows);
     dispatch_device(call.dtype, [&](auto element) {
       using In = decltype(element);
       if constexpr (!std::is_same_v<In, double>) {  // the binding declines float64
         const In *x = static_cast<const In*>(call.x), *y = static_cast<const In*>(call.y);
-        launch(&stft_sums_kernel<In>, dim3(static_cast<unsigned>(sizes.groups), rows),
-               dim3(kThreads), shared_bytes(f, 0), on, f, x, y, sums);
+        launch(&stft_sums_kernel<In>, dim3(static_cast<unsigned>(call.rows * sizes.groups)),
+               dim3(kThreads), shared_bytes(f, 0), on, f, x, y, sizes.groups, sums);
         launch(&stft_finish_kernel, dim3(1), dim3(kThreads), 0, on, static_cast<const float*>(sums),
                sizes.groups, call.terms[r], r == 0, factors, losses);
         for (const bool target : {false, true}) {
           float* slope = target ? slope_y : slope_x;
           if (slope == nullptr) continue;
           const int64_t segments = (sizes.span + sizes.segment - 1) / sizes.segment;
-          launch(&stft_slopes_kernel<In>, dim3(static_cast<unsigned>(segments), rows),
+          launch(&stft_slopes_kernel<In>, dim3(static_cast<unsigned>(call.rows * segments)),
                  dim3(kThreads), shared_bytes(f, sizes.segment), on, f, x, y, call.terms[r],
-                 static_cast<const float*>(factors), target, sizes.segment, sizes.span, slopes);
+                 static_cast<const float*>(factors), target, sizes.segment, segments, sizes.span,
+                 slopes);
           const int64_t blocks = (call.rows * call.t + kThreads - 1) / kThreads;
           launch(&stft_fold_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, on,
                  static_cast<const float*>(slopes), call.rows, call.t, begin, sizes.span, r == 0,

@@ -27,6 +27,11 @@ struct SpectralOptions {
   bool log() const { return kind == kLogMagnitude || kind == kLogPower; }
 };
 
+struct FocalOptions {
+  double alpha;
+  bool log, batch;
+};
+
 inline double norm_scale(const std::string& norm, int64_t n) {
   if (norm == "backward") return 1;
   return norm == "ortho" ? 1 / std::sqrt(static_cast<double>(n)) : 1 / static_cast<double>(n);

@@ -9,35 +9,17 @@
 //   Z_k = E + i O,  Z_m-k = conj E + i conj O.
 #pragma once
 
-#include <cstdlib>
 #include <memory>
 #include <new>
 #include <utility>
 
 #include "common/fft.h"
+#include "common/math.h"
 #include "common/simd.h"
-#include "common/simd_math.h"
 
 namespace dashpot::spectral {
 
 inline constexpr int kMaxLanes = 16;
-
-// Memory of one thread, kept from call to call: slot i holds at least `count` elements, aligned.
-template <class T>
-T* scratch(int slot, int64_t count) {
-  struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-  };
-  thread_local std::unique_ptr<void, Free> memory[8];
-  thread_local int64_t sizes[8] = {};
-  const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-  if (sizes[slot] < bytes) {
-    memory[slot].reset(std::aligned_alloc(64, bytes));
-    if (!memory[slot]) throw std::bad_alloc();
-    sizes[slot] = bytes;
-  }
-  return static_cast<T*>(memory[slot].get());
-}
 
 template <class T>
 struct RealPlan {
@@ -142,7 +124,9 @@ struct LoadRows {
                                  T scale, const T* window, T* data) {
     using V = Vec<T, isa>;
     constexpr int kWidth = kLanes<T, isa>;
-    for (int64_t t = 0; t < n; t += kWidth) {
+    for (int64_t first = 0; first < n; first += kWidth) {
+      // The last vectors reach back over what is there already.
+      const int64_t t = first + kWidth <= n || n < kWidth ? first : n - kWidth;
       V value[kWidth];
       if (t + kWidth <= n) {
 #pragma GCC unroll 16
@@ -179,7 +163,9 @@ struct StoreRows {
                                  int64_t count) {
     using V = Vec<T, isa>;
     constexpr int kWidth = kLanes<T, isa>;
-    for (int64_t t = 0; t < n; t += kWidth) {
+    for (int64_t first = 0; first < n; first += kWidth) {
+      // The last vectors reach back over what is written already, unless they would add it twice.
+      const int64_t t = add || first + kWidth <= n || n < kWidth ? first : n - kWidth;
       V value[kWidth];
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) {

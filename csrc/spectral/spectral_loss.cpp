@@ -5,6 +5,10 @@
 // - y alone. Batch averages: every group's magnitudes are summed over its rows, the spectra kept;
 // when all groups are done, bins become coefficients (float64), and the kept spectra slopes.
 //
+// Lengths that no transform here takes, and few long rows, go through PyTorch's FFT: one pass over
+// the spectra then compares them and leaves the slopes' spectra (batch averages: a pass for the
+// levels, one for the slopes).
+//
 // Group sums are float32, sums of groups float64 in the groups' order: any number of threads gives
 // the same bits.
 #include <optional>
@@ -12,29 +16,15 @@
 
 #include "common/bind.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 #include "common/tensor.h"
+#include "spectral/bins.h"
 #include "spectral/cuda.h"
 #include "spectral/options.h"
-#include "spectral/rows.h"
+#include "spectral/whole.h"
 
 namespace dashpot::spectral {
 namespace {
-
-// |z| without overflow or underflow on the way.
-template <class T, Isa isa, class V = Vec<T, isa>>
-DASHPOT_INLINE V modulus(Complex<V> z) {
-  const V a = z.re < V{} ? -z.re : z.re, b = z.im < V{} ? -z.im : z.im;
-  const V large = a > b ? a : b, small = a > b ? b : a;
-  const V ratio = large > V{} ? small / large : V{};
-  return large * sqrt_lanes<T, isa>(T(1) + ratio * ratio);
-}
-
-// 1 / |z|, 0 where it would not be finite.
-template <class T, Isa isa, class V = Vec<T, isa>>
-DASHPOT_INLINE V inverse_or_zero(V modulus) {
-  constexpr T least = sizeof(T) == 8 ? T(2.3e-308) : T(1.2e-38);
-  return modulus >= V{} + least ? T(1) / modulus : V{};
-}
 
 template <class T>
 struct PairTask {
@@ -49,38 +39,6 @@ struct PairTask {
 template <class T>
 struct ComparePairs {
   template <Isa isa>
-  struct Bin {
-    using V = Vec<T, isa>;
-    Complex<V> x, y;
-
-    // Returns w * rho and leaves the slopes' spectra in x and y.
-    DASHPOT_INLINE V compare(const SpectralOptions& o, T weight, T slope) {
-      V level = o.power() ? x.re * x.re + x.im * x.im : modulus<T, isa>(x);
-      if (o.kind == kComplex) {
-        const V factor = o.l1 ? slope * inverse_or_zero<T, isa>(level) : V{} + T(2) * slope;
-        x.re *= factor, x.im *= factor;
-        return weight * (o.l1 ? level : level * level);
-      }
-      V other = o.power() ? y.re * y.re + y.im * y.im : modulus<T, isa>(y);
-      V dx = o.power() ? V{} + T(2) : inverse_or_zero<T, isa>(level);
-      V dy = o.power() ? V{} + T(2) : inverse_or_zero<T, isa>(other);
-      V gap;
-      if (o.log()) {
-        level += T(o.eps), other += T(o.eps);
-        gap = log_lanes<T, isa>(level) - log_lanes<T, isa>(other);
-        dx /= level, dy /= other;
-      } else {
-        gap = level - other;
-      }
-      const V sign = gap > V{} ? V{} + T(1) : gap < V{} ? V{} - T(1) : V{};
-      const V factor = slope * (o.l1 ? sign : T(2) * gap);
-      dx *= factor, dy *= -factor;
-      x.re *= dx, x.im *= dx, y.re *= dy, y.im *= dy;
-      return weight * (o.l1 ? sign * gap : gap * gap);
-    }
-  };
-
-  template <Isa isa>
   static DASHPOT_INLINE void run(T* x, T* y, const PairTask<T>* task, T* loss) {
     using V = Vec<T, isa>;
     const RealPlan<T>& plan = *task->plan;
@@ -88,16 +46,15 @@ struct ComparePairs {
     const SpectralOptions o = task->options;
     V total{};
     for (int64_t k = 0; 2 * k <= m; ++k) {
-      Bin<isa> low{}, high{};
-      std::tie(low.x, high.x) = split<T, isa>(x, plan, k);
-      if (y != nullptr) std::tie(low.y, high.y) = split<T, isa>(y, plan, k);
+      std::pair<Complex<V>, Complex<V>> a = split<T, isa>(x, plan, k), b{};
+      if (y != nullptr) b = split<T, isa>(y, plan, k);
       const T* weight = task->loss_weights;
       const T* slope = task->slope_weights;
-      total += low.compare(o, weight[k], slope[k]);
-      const V more = high.compare(o, weight[m - k], slope[m - k]);
+      total += compare_bins<T, isa>(o, weight[k], slope[k], a.first, b.first);
+      const V more = compare_bins<T, isa>(o, weight[m - k], slope[m - k], a.second, b.second);
       if (2 * k != m) total += more;  // else it is the same bin
-      if (task->want_x) merge<T, isa>(x, plan, k, low.x, high.x);
-      if (y != nullptr && task->want_y) merge<T, isa>(y, plan, k, low.y, high.y);
+      if (task->want_x) merge<T, isa>(x, plan, k, a.first, a.second);
+      if (y != nullptr && task->want_y) merge<T, isa>(y, plan, k, b.first, b.second);
     }
     store<T, isa>(loss, total);
   }
@@ -113,13 +70,10 @@ struct SumLevels {
     using V = Vec<T, isa>;
     constexpr int kWidth = kLanes<T, isa>;
     const int64_t m = plan->n / 2;
-    const auto level = [&](Complex<V> z) __attribute__((always_inline)) {
-      return power ? z.re * z.re + z.im * z.im : modulus<T, isa>(z);
-    };
     for (int64_t k = 0; 2 * k <= m; ++k) {
       const auto [low, high] = split<T, isa>(x, *plan, k);
-      store<T, isa>(levels + k * kWidth, level(low));
-      store<T, isa>(levels + (m - k) * kWidth, level(high));
+      store<T, isa>(levels + k * kWidth, level_of<T, isa>(low, power));
+      store<T, isa>(levels + (m - k) * kWidth, level_of<T, isa>(high, power));
     }
     for (int64_t k = 0; k <= m; k += kWidth) {
       V value[kWidth];
@@ -141,17 +95,11 @@ template <class T>
 struct ScaleSpectra {
   template <Isa isa>
   static DASHPOT_INLINE void run(T* x, const RealPlan<T>* plan, bool power, const T* factors) {
-    using V = Vec<T, isa>;
     const int64_t m = plan->n / 2;
-    const auto scale = [&](Complex<V>& z, T factor) __attribute__((always_inline)) {
-      const V by =
-          power ? V{} + T(2) * factor : factor * inverse_or_zero<T, isa>(modulus<T, isa>(z));
-      z.re *= by, z.im *= by;
-    };
     for (int64_t k = 0; 2 * k <= m; ++k) {
       auto [low, high] = split<T, isa>(x, *plan, k);
-      scale(low, factors[k]);
-      scale(high, factors[m - k]);
+      scale_bins<T, isa>(low, power, factors[k]);
+      scale_bins<T, isa>(high, power, factors[m - k]);
       merge<T, isa>(x, *plan, k, low, high);
     }
   }
@@ -169,9 +117,16 @@ struct Signals {
   int64_t batch_x, batch_y, channels, n;
 };
 
+// Bytes of a thread: two groups of rows; or one and its levels.
+template <class T>
+int64_t scratch_bytes(int64_t n, bool batch_mean) {
+  const int64_t width = lanes<T>();
+  return room<T>(n * width) + room<T>((batch_mean ? n / 2 + 1 : n) * width);
+}
+
 template <class T, class In>
 void pairs(const Signals<T, In>& s, const SpectralOptions& options, BinWeights weights, bool mean,
-           int threads, T* loss) {
+           int threads, const Scratch& scratch, T* loss) {
   const int64_t rows = s.batch_x * s.channels, n = s.n, width = lanes<T>();
   if (mean) {
     for (double& one : weights.slope) one /= static_cast<double>(rows);
@@ -193,8 +148,9 @@ void pairs(const Signals<T, In>& s, const SpectralOptions& options, BinWeights w
       x[l] = s.x + (first + l) * n, y[l] = s.y + (first + l) * n;
       to_x[l] = s.slope_x + (first + l) * n, to_y[l] = s.slope_y + (first + l) * n;
     }
-    T* at_x = scratch<T>(0, n * width);
-    T* at_y = options.kind == kComplex ? nullptr : scratch<T>(1, n * width);
+    Share share = scratch.mine();
+    T* at_x = share.take<T>(n * width);
+    T* at_y = options.kind == kComplex ? nullptr : share.take<T>(n * width);
     const T scale = static_cast<T>(options.scale);
     run_on_isa<LoadRows<T, In>>(x, at_y ? nullptr : y, count, n, scale, nullptr, at_x);
     forward_transform(at_x, plan);
@@ -226,12 +182,19 @@ struct Side {
   const In* from;
   T* slope;
   int64_t batch, channels, n, width, groups;
-  std::vector<T> sums;  // (channels, groups, F)
-  // (channels, groups, n, width), in the slope's own memory where the rows fill it group by group.
-  T* kept = nullptr;
-  std::unique_ptr<T, void (*)(void*)> own{nullptr, std::free};
+  T *kept, *sums;  // (channels, groups, n, width) or null, (channels, groups, F)
 
-  Side(const In* x, T* to, int64_t b, int64_t c, int64_t length)
+  // Spectra are kept in the slope's own memory where the rows fill it group by group.
+  static bool fits(int64_t batch, int64_t channels) {
+    return channels == 1 && batch % lanes<T>() == 0;
+  }
+  static int64_t memory(bool slope, int64_t batch, int64_t channels, int64_t n) {
+    const int64_t items = channels * ((batch + lanes<T>() - 1) / lanes<T>());
+    return room<T>(items * (n / 2 + 1)) +
+           (slope && !fits(batch, channels) ? room<T>(items * n * lanes<T>()) : 0);
+  }
+
+  Side(const In* x, T* to, int64_t b, int64_t c, int64_t length, Share& share)
       : from(x),
         slope(to),
         batch(b),
@@ -239,14 +202,8 @@ struct Side {
         n(length),
         width(lanes<T>()),
         groups((b + width - 1) / width),
-        sums(c * groups * (length / 2 + 1)) {
-    if (slope == nullptr) return;
-    kept = slope;
-    if (channels == 1 && batch % width == 0) return;
-    own.reset(static_cast<T*>(std::malloc(items() * n * width * sizeof(T))));
-    if (!own) throw std::bad_alloc();
-    kept = own.get();
-  }
+        kept(to == nullptr || fits(b, c) ? to : share.take<T>(items() * n * width)),
+        sums(share.take<T>(items() * (n / 2 + 1))) {}
 
   int64_t items() const { return channels * groups; }
   int64_t row(int64_t item, int64_t lane) const {
@@ -254,23 +211,24 @@ struct Side {
   }
   int64_t count(int64_t item) const { return std::min(width, batch - item % groups * width); }
 
-  void transform(int64_t item, const SpectralOptions& options, const RealPlan<T>& plan) {
+  void transform(int64_t item, const SpectralOptions& options, const RealPlan<T>& plan,
+                 Share share) const {
     const In* rows[kMaxLanes];
     for (int64_t l = 0; l < count(item); ++l) rows[l] = from + row(item, l);
-    T* data = kept ? kept + item * n * width : scratch<T>(0, n * width);
+    T* data = kept ? kept + item * n * width : share.take<T>(n * width);
     const In* const* none = nullptr;
     run_on_isa<LoadRows<T, In>>(rows, none, count(item), n, static_cast<T>(options.scale), nullptr,
                                 data);
     forward_transform(data, plan);
-    run_on_isa<SumLevels<T>>(data, &plan, options.power(), scratch<T>(1, (n / 2 + 1) * width),
-                             sums.data() + item * (n / 2 + 1));
+    run_on_isa<SumLevels<T>>(data, &plan, options.power(), share.take<T>((n / 2 + 1) * width),
+                             sums + item * (n / 2 + 1));
   }
 
   void transform_back(int64_t item, const SpectralOptions& options, const RealPlan<T>& plan,
-                      const std::vector<T>& factors) {
+                      const std::vector<T>& factors, Share share) const {
     T* rows[kMaxLanes];
     for (int64_t l = 0; l < count(item); ++l) rows[l] = slope + row(item, l);
-    T* data = scratch<T>(0, n * width);
+    T* data = share.take<T>(n * width);
     std::copy_n(kept + item * n * width, n * width, data);
     run_on_isa<ScaleSpectra<T>>(data, &plan, options.power(),
                                 factors.data() + item / groups * (n / 2 + 1));
@@ -278,47 +236,65 @@ struct Side {
     run_on_isa<StoreRows<T, false>>(data, n, T(1), nullptr, rows, count(item));
   }
 
-  double mean(int64_t channel, int64_t k) const {
-    double total = 0;
-    for (int64_t g = 0; g < groups; ++g) {
-      total += static_cast<double>(sums[(channel * groups + g) * (n / 2 + 1) + k]);
+  // (channels, F), in the order of the groups.
+  std::vector<double> totals() const {
+    const int64_t bins = n / 2 + 1;
+    std::vector<double> found(channels * bins, 0.0);
+    for (int64_t item = 0; item < items(); ++item) {
+      double* to = found.data() + item / groups * bins;
+      for (int64_t k = 0; k < bins; ++k) to[k] += static_cast<double>(sums[item * bins + k]);
     }
-    return total / static_cast<double>(batch);
+    return found;
+  }
+};
+
+// From the levels' sums (channels, F): the loss, and each side's factors (channels, F).
+template <class T>
+struct Coefficients {
+  double loss = 0;
+  std::vector<T> x, y;
+
+  Coefficients(const std::vector<double>& sums_x, const std::vector<double>& sums_y,
+               int64_t batch_x, int64_t batch_y, int64_t channels, const SpectralOptions& options,
+               const BinWeights& weights)
+      : x(sums_x.size()), y(sums_x.size()) {
+    const Distance distance{options.l1};
+    const size_t bins = weights.loss.size();
+    for (size_t i = 0; i < x.size(); ++i) {
+      double u = sums_x[i] / static_cast<double>(batch_x), du = 1;
+      double v = sums_y[i] / static_cast<double>(batch_y), dv = 1;
+      if (options.log()) {
+        du = 1 / (u + options.eps), dv = 1 / (v + options.eps);
+        u = std::log(u + options.eps), v = std::log(v + options.eps);
+      }
+      loss += weights.loss[i % bins] * distance.value(u - v);
+      const double factor =
+          weights.slope[i % bins] * distance.slope(u - v) / static_cast<double>(channels);
+      x[i] = static_cast<T>(factor * du / static_cast<double>(batch_x));
+      y[i] = static_cast<T>(-factor * dv / static_cast<double>(batch_y));
+    }
+    loss /= static_cast<double>(channels);
   }
 };
 
 template <class T, class In>
 void batch_means(const Signals<T, In>& s, const SpectralOptions& options, const BinWeights& weights,
-                 int threads, T* loss) {
+                 int threads, const Scratch& scratch, T* loss) {
+  Share sides = scratch.common();
   const RealPlan<T>& plan = RealPlan<T>::of(static_cast<int>(s.n));
-  Side<T, In> x(s.x, s.slope_x, s.batch_x, s.channels, s.n);
-  Side<T, In> y(s.y, s.slope_y, s.batch_y, s.channels, s.n);
+  const Side<T, In> x(s.x, s.slope_x, s.batch_x, s.channels, s.n, sides);
+  const Side<T, In> y(s.y, s.slope_y, s.batch_y, s.channels, s.n, sides);
   parallel_for(x.items() + y.items(), threads, [&](int64_t item) {
-    item < x.items() ? x.transform(item, options, plan)
-                     : y.transform(item - x.items(), options, plan);
+    item < x.items() ? x.transform(item, options, plan, scratch.mine())
+                     : y.transform(item - x.items(), options, plan, scratch.mine());
   });
-  const int64_t bins = s.n / 2 + 1;
-  const Distance distance{options.l1};
-  std::vector<T> factors_x(s.channels * bins), factors_y(s.channels * bins);
-  double total = 0;
-  for (int64_t c = 0; c < s.channels; ++c) {
-    for (int64_t k = 0; k < bins; ++k) {
-      double u = x.mean(c, k), v = y.mean(c, k), du = 1, dv = 1;
-      if (options.log()) {
-        du = 1 / (u + options.eps), dv = 1 / (v + options.eps);
-        u = std::log(u + options.eps), v = std::log(v + options.eps);
-      }
-      total += weights.loss[k] * distance.value(u - v);
-      const double factor = weights.slope[k] * distance.slope(u - v) / s.channels;
-      factors_x[c * bins + k] = static_cast<T>(factor * du / static_cast<double>(s.batch_x));
-      factors_y[c * bins + k] = static_cast<T>(-factor * dv / static_cast<double>(s.batch_y));
-    }
-  }
-  *loss = static_cast<T>(total / static_cast<double>(s.channels));
+  const Coefficients<T> found(x.totals(), y.totals(), s.batch_x, s.batch_y, s.channels, options,
+                              weights);
+  *loss = static_cast<T>(found.loss);
   const int64_t of_x = s.slope_x ? x.items() : 0, of_y = s.slope_y ? y.items() : 0;
   parallel_for(of_x + of_y, threads, [&](int64_t item) {
-    item < of_x ? x.transform_back(item, options, plan, factors_x)
-                : y.transform_back(item - of_x, options, plan, factors_y);
+    item < of_x ? x.transform_back(item, options, plan, found.x, scratch.mine())
+                : y.transform_back(item - of_x, options, plan, found.y, scratch.mine());
   });
 }
 
@@ -327,21 +303,22 @@ struct Outputs {
   Dtype type;
   Tensor loss, slope_x, slope_y;
   int64_t batch_x, batch_y, channels, n;
-  bool mean;
+  bool mean, wants_x, wants_y;
 
   Outputs(const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
           bool batch_mean, const std::string& reduction, const std::vector<bool>& wants)
       : type(input.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32),
         n(input.size(-1)),
-        mean(reduction == "mean") {
+        mean(reduction == "mean"),
+        wants_x(wants[0]),
+        wants_y(wants[1]) {
     const int64_t rows = input.numel / n;
-    loss = input.new_empty({mean ? 1 : rows}, type);
-    const py::object shape = mean ? py::object(py::tuple())
-                                  : py::object(input.object.attr(
-                                        "shape")[py::slice(py::none(), py::int_(-1), py::none())]);
-    loss.object = loss.object.attr("view")(shape);
-    slope_x = wants[0] ? empty_like(input, type) : input.new_empty({0}, type);
-    slope_y = wants[1] ? empty_like(target, type) : target.new_empty({0}, type);
+    loss = mean ? input.new_empty({}, type) : input.new_empty({rows}, type);
+    if (!mean) {
+      loss.object = loss.object.attr("view")(
+          input.object.attr("shape")[py::slice(py::none(), py::int_(-1), py::none())]);
+    }
+    slope_x = input.new_empty({0}, type), slope_y = input.new_empty({0}, type);
     batch_x = batch_mean ? input.size(0) : rows;
     batch_y = batch_mean ? target.size(0) : rows;
     channels = batch_mean && batch_x ? rows / batch_x : 1;
@@ -353,26 +330,143 @@ struct Outputs {
     }
   }
 
+  void make_slopes(const Tensor& input, const Tensor& target) {
+    if (wants_x) slope_x = empty_like(input, type);
+    if (wants_y) slope_y = empty_like(target, type);
+  }
+
   std::tuple<Tensor, Tensor, Tensor> all() const { return {loss, slope_x, slope_y}; }
 };
+
+// The kernel has this length, and rows enough for its lanes.
+bool in_lanes(int64_t rows, int64_t n) { return is_real_length(n) && (n <= 512 || rows >= 4); }
+
+// Spectra of pairs by PyTorch, (rows, F) complex: y is null for "complex".
+template <class T>
+void compare_whole(T* x, T* y, int64_t rows, const SpectralOptions& options, BinWeights weights,
+                   bool mean, int threads, T* loss) {
+  if (mean) {
+    for (double& one : weights.slope) one /= static_cast<double>(rows);
+  }
+  const std::vector<T> of_loss = narrowed<T>(weights.loss), of_slope = narrowed<T>(weights.slope);
+  const int64_t bins = static_cast<int64_t>(of_loss.size());
+  const int64_t chunks = (bins + kChunk - 1) / kChunk;
+  std::vector<double> found(rows * chunks);
+  parallel_for(rows * chunks, threads, [&](int64_t item) {
+    const int64_t k = item % chunks * kChunk, at = 2 * (item / chunks * bins + k);
+    run_on_isa<CompareWhole<T>>(x + at, y ? y + at : y, &options, of_loss.data() + k,
+                                of_slope.data() + k, std::min(kChunk, bins - k), &found[item]);
+  });
+  double total = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    double own = 0;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) own += found[row * chunks + chunk];
+    total += own;
+    if (!mean) loss[row] = static_cast<T>(own);
+  }
+  if (mean) *loss = static_cast<T>(total / static_cast<double>(rows));
+}
+
+// Sums of the levels over the batch, (channels, F), of spectra (batch, channels, F).
+template <class T>
+std::vector<double> sum_whole(const T* x, int64_t batch, int64_t channels, int64_t bins, bool power,
+                              int threads) {
+  const int64_t chunks = (bins + kChunk - 1) / kChunk;
+  std::vector<double> sums(channels * bins);
+  parallel_for(channels * chunks, threads, [&](int64_t item) {
+    const int64_t k = item % chunks * kChunk, at = item / chunks * bins + k;
+    run_on_isa<SumWhole<T>>(x + 2 * at, batch, 2 * channels * bins, std::min(kChunk, bins - k),
+                            power, sums.data() + at);
+  });
+  return sums;
+}
+
+template <class T>
+void scale_whole(T* x, int64_t batch, int64_t channels, int64_t bins, bool power,
+                 const std::vector<T>& factors, int threads) {
+  parallel_for(batch * channels, threads, [&](int64_t row) {
+    run_on_isa<ScaleWhole<T>>(x + 2 * row * bins, power, factors.data() + row % channels * bins,
+                              bins);
+  });
+}
+
+// The transforms by PyTorch; one pass over the spectra lies between `Spectra` and `back`.
+struct Spectra {
+  bool one;     // X - Y alone, by linearity
+  Tensor x, y;  // (rows, F, 2)
+
+  Spectra(const Outputs& out, const Tensor& input, const Tensor& target, Kind kind,
+          const std::string& norm)
+      : one(kind == kComplex),
+        x(transformed("rfft", input, one ? &target : nullptr, out.type, norm)) {
+    if (!one) y = transformed("rfft", target, nullptr, out.type, norm);
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> back(Outputs& out) const {
+    const py::object n = py::int_(out.n);
+    Tensor slope;
+    if (out.wants_x || one) slope = transformed_back("irfft", x, n, "forward");
+    if (out.wants_x) out.slope_x = slope;
+    if (out.wants_y) {
+      out.slope_y = one ? Tensor::from(slope.object.attr("neg")())
+                        : transformed_back("irfft", y, n, "forward");
+    }
+    return out.all();
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> whole_forward(Outputs out, const Spectra& spectra,
+                                                 const SpectralOptions& options,
+                                                 const BinWeights& weights, bool batch_mean) {
+  const int threads = num_threads();
+  const int64_t bins = out.n / 2 + 1;
+  const auto run = [&](auto number) {
+    using T = decltype(number);
+    const py::gil_scoped_release release;
+    T *x = spectra.x.as<T>(), *y = spectra.one ? nullptr : spectra.y.as<T>();
+    if (!batch_mean) {
+      return compare_whole(x, y, out.batch_x, options, weights, out.mean, threads,
+                           out.loss.as<T>());
+    }
+    const bool power = options.power();
+    const Coefficients<T> found(sum_whole(x, out.batch_x, out.channels, bins, power, threads),
+                                sum_whole(y, out.batch_y, out.channels, bins, power, threads),
+                                out.batch_x, out.batch_y, out.channels, options, weights);
+    *out.loss.as<T>() = static_cast<T>(found.loss);
+    if (out.wants_x) scale_whole(x, out.batch_x, out.channels, bins, power, found.x, threads);
+    if (out.wants_y) scale_whole(y, out.batch_y, out.channels, bins, power, found.y, threads);
+  };
+  out.type == Dtype::kFloat64 ? run(double{}) : run(float{});
+  return spectra.back(out);
+}
 
 std::tuple<Tensor, Tensor, Tensor> spectral_loss_forward(
     const Tensor& input, const Tensor& target, const std::optional<Tensor>& weight,
     const std::string& kind, const std::string& distance, bool batch_mean, double eps,
     const std::string& norm, bool onesided, const std::string& reduction,
     const std::vector<bool>& wants) {
-  const Outputs out(input, target, weight, batch_mean, reduction, wants);
+  Outputs out(input, target, weight, batch_mean, reduction, wants);
   const SpectralOptions options{kind_of(kind), distance == "l1", eps, norm_scale(norm, out.n)};
   BinWeights weights(out.n, onesided, options.scale);
   if (weight) {
     out.type == Dtype::kFloat64 ? weights.times(weight->as<double>())
                                 : weights.times(weight->as<float>());
   }
+  if (!in_lanes(out.batch_x * out.channels, out.n)) {
+    return whole_forward(out, Spectra(out, input, target, options.kind, norm), options, weights,
+                         batch_mean);
+  }
+  out.make_slopes(input, target);
   const int threads = num_threads();
-  const py::gil_scoped_release release;
   dispatch_floating(input.dtype, [&](auto element) {
     using In = decltype(element);
     using T = std::conditional_t<std::is_same_v<In, double>, double, float>;
+    using Of = Side<T, In>;
+    const int64_t sides = Of::memory(wants[0], out.batch_x, out.channels, out.n) +
+                          Of::memory(wants[1], out.batch_y, out.channels, out.n);
+    const Scratch scratch(input, threads, scratch_bytes<T>(out.n, batch_mean),
+                          batch_mean ? sides : 0);
+    const py::gil_scoped_release release;
     const Signals<T, In> signals{input.as<In>(),
                                  target.as<In>(),
                                  wants[0] ? out.slope_x.as<T>() : nullptr,
@@ -382,9 +476,9 @@ std::tuple<Tensor, Tensor, Tensor> spectral_loss_forward(
                                  out.channels,
                                  out.n};
     if (batch_mean) {
-      batch_means(signals, options, weights, threads, out.loss.as<T>());
+      batch_means(signals, options, weights, threads, scratch, out.loss.as<T>());
     } else {
-      pairs(signals, options, weights, out.mean, threads, out.loss.as<T>());
+      pairs(signals, options, weights, out.mean, threads, scratch, out.loss.as<T>());
     }
   });
   return out.all();
@@ -396,23 +490,7 @@ std::optional<std::string> unsupported(const py::args& args) {
       py::cast<int64_t>(args[1].attr("numel")()) == 0) {
     return "takes no empty batch";
   }
-  if (py::cast<bool>(args[5]) && py::cast<std::string>(args[3]) == "complex") {
-    return "has no batch average of complex spectra";
-  }
   return std::nullopt;
-}
-
-std::optional<std::string> spectral_loss_supports(const py::args& args) {
-  const int64_t n = py::cast<int64_t>(args[0].attr("shape")[py::int_(-1)]);
-  if (!is_real_length(n)) {
-    return "takes even lengths up to " + std::to_string(kLongest) +
-           " without prime factors beyond 5, got " + std::to_string(n);
-  }
-  // One lane per row: below this most of a vector would be empty.
-  if (n > 512 && py::cast<int64_t>(args[0].attr("numel")()) < 4 * n) {
-    return "takes at least 4 rows longer than 512";
-  }
-  return unsupported(args);
 }
 
 #ifdef DASHPOT_CUDA
@@ -421,19 +499,31 @@ std::tuple<Tensor, Tensor, Tensor> spectral_loss_forward_cuda(
     const std::string& kind, const std::string& distance, bool batch_mean, double eps,
     const std::string& norm, bool onesided, const std::string& reduction,
     const std::vector<bool>& wants) {
-  const Outputs out(input, target, weight, batch_mean, reduction, wants);
-  const SpectralCall call{{input.data, wants[0] ? out.slope_x.as<float>() : nullptr, out.batch_x},
-                          {target.data, wants[1] ? out.slope_y.as<float>() : nullptr, out.batch_y},
-                          out.channels,
-                          out.n,
-                          input.dtype,
-                          {kind_of(kind), distance == "l1", eps, norm_scale(norm, out.n)},
-                          onesided,
-                          out.mean,
-                          weight ? weight->as<float>() : nullptr};
+  Outputs out(input, target, weight, batch_mean, reduction, wants);
+  SpectralCall call{{input.data, nullptr, out.batch_x},
+                    {target.data, nullptr, out.batch_y},
+                    out.channels,
+                    out.n,
+                    input.dtype,
+                    {kind_of(kind), distance == "l1", eps, norm_scale(norm, out.n)},
+                    onesided,
+                    out.mean,
+                    weight ? weight->as<float>() : nullptr};
+  const Place place = place_of(input);
+  if (!is_real_length(out.n) || out.n > kLongestInBlock) {
+    const Spectra spectra(out, input, target, call.options.kind, norm);
+    const int64_t size = spectral_whole_scratch(call, batch_mean);
+    const Tensor scratch = input.new_empty({size}, Dtype::kFloat32);
+    spectral_whole_cuda(call, batch_mean, spectra.x.as<float>(),
+                        spectra.one ? nullptr : spectra.y.as<float>(), wants[0], wants[1],
+                        scratch.as<float>(), out.loss.as<float>(), place.device, place.stream);
+    return spectra.back(out);
+  }
+  out.make_slopes(input, target);
+  if (wants[0]) call.x.slope = out.slope_x.as<float>();
+  if (wants[1]) call.y.slope = out.slope_y.as<float>();
   const int64_t size = batch_mean ? spectral_batch_scratch(call) : spectral_pairs_scratch(call);
   const Tensor scratch = input.new_empty({size}, Dtype::kFloat32);
-  const Place place = place_of(input);
   (batch_mean ? spectral_batch_cuda : spectral_pairs_cuda)(
       call, scratch.as<float>(), out.loss.as<float>(), place.device, place.stream);
   return out.all();
@@ -441,11 +531,6 @@ std::tuple<Tensor, Tensor, Tensor> spectral_loss_forward_cuda(
 
 std::optional<std::string> spectral_loss_supports_cuda(const py::args& args) {
   if (py::str(args[0].attr("dtype")).equal(py::str("torch.float64"))) return "has no float64";
-  const int64_t n = py::cast<int64_t>(args[0].attr("shape")[py::int_(-1)]);
-  if (!is_real_length(n) || n > kLongestInBlock) {
-    return "takes even lengths up to " + std::to_string(kLongestInBlock) +
-           " without prime factors beyond 5, got " + std::to_string(n);
-  }
   return unsupported(args);
 }
 #endif
@@ -454,7 +539,7 @@ std::optional<std::string> spectral_loss_supports_cuda(const py::args& args) {
 
 DASHPOT_BIND(m) {
   m.def("spectral_loss_forward", &spectral_loss_forward);
-  m.def("spectral_loss_supports", &spectral_loss_supports);
+  m.def("spectral_loss_supports", &unsupported);
 #ifdef DASHPOT_CUDA
   m.def("spectral_loss_forward_cuda", &spectral_loss_forward_cuda);
   m.def("spectral_loss_supports_cuda", &spectral_loss_supports_cuda);

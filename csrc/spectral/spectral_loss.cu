@@ -7,6 +7,17 @@
 // (float64, in order), takes logarithms, writes the loss and a factor per bin; rows transformed
 // again, multiplied and transformed back. Transforming again reads 4 bytes a sample where keeping
 // the spectra would write and read 8.
+//
+// Lengths that no block transforms come as spectra from PyTorch's FFT. Pairs: one pass reads both,
+// writes the slopes' in place (32 bytes a bin) and a partial sum for every kChunk bins of a row.
+// Batch averages: a pass for the levels (16 rows and 256 bins a block), the same factors, a pass
+// that scales. Channels and rows lie along the first axis of every grid: it has no limit of 65,535.
+//
+// Per sample of a signal, float32, L = 2.5 log2 n FLOPs for a transform (compare: about 30 a bin):
+//
+//   pairs     12 or 16 bytes (one slope or two)   3 L or 4 L
+//   batch     4 bytes, L; then 8 bytes, 2 L       factors: 4 bytes for each block and bin
+//   compare   16 bytes      levels   4 bytes      scale   8 bytes      and those of PyTorch's FFT
 #include "common/fft.cuh"
 #include "common/numeric.cuh"
 #include "spectral/cuda.h"
@@ -17,6 +28,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kSamples = 2048;  // of a signal in a block, if rows are shorter
 constexpr int kMostRows = 8;    // so that a team is a warp at least
+constexpr int kChunk = 2048;    // bins of a row in a block, of spectra that come as they are
+constexpr int kGroup = 16;      // rows in a block, where levels are summed
 
 struct Shape {
   BlockFft fft;  // of half the length
@@ -27,10 +40,13 @@ struct Shape {
   float eps;
 };
 
+__device__ __forceinline__ bool is_twice(int64_t k, int64_t n) { return k > 0 && 2 * k != n; }
+
 // h_k w_k over the number of bins.
-__device__ __forceinline__ float bin_weight(int k, int m, bool onesided, const float* weight) {
-  const bool twice = k > 0 && k < m;
-  const float h = (twice && !onesided ? 2.f : 1.f) / static_cast<float>(onesided ? m + 1 : 2 * m);
+__device__ __forceinline__ float bin_weight(int64_t k, int64_t n, bool onesided,
+                                            const float* weight) {
+  const float h =
+      (is_twice(k, n) && !onesided ? 2.f : 1.f) / static_cast<float>(onesided ? n / 2 + 1 : n);
   return weight != nullptr ? h * weight[k] : h;
 }
 
@@ -140,8 +156,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       PairOfBins a = split_bins(of_x, at.place, at.roots, m, k), b{};
       if (!shape.complex) b = split_bins(of_y, at.place, at.roots, m, k);
       const float half = (k == 0 ? 1.f : 0.5f) * share * shape.scale;
-      const float low = bin_weight(k, m, onesided, weight);
-      const float high = bin_weight(m - k, m, onesided, weight);
+      const float low = bin_weight(k, n, onesided, weight);
+      const float high = bin_weight(m - k, n, onesided, weight);
       total += low * compare(shape, low * half, a.low, b.low);
       const float more = high * compare(shape, high * half, a.high, b.high);
       if (2 * k != m) total += more;  // else it is the same bin
@@ -171,31 +187,34 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// loss = mean of losses (rows,), one block, in a fixed order.
+// loss[row] = the sum of losses (rows, each) over each, divided; a block for a row, in a fixed
+// order.
 __global__ void __launch_bounds__(kThreads)
-    spectral_mean_kernel(const float* losses, int64_t rows, float* loss) {
+    spectral_mean_kernel(const float* losses, int64_t each, double divisor, float* loss) {
   __shared__ double sums[kThreads];
+  const float* own = losses + blockIdx.x * each;
   double total = 0;
-  for (int64_t i = threadIdx.x; i < rows; i += kThreads) total += losses[i];
+  for (int64_t i = threadIdx.x; i < each; i += kThreads) total += own[i];
   sums[threadIdx.x] = total;
   for (int half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
   }
-  if (threadIdx.x == 0) *loss = static_cast<float>(sums[0] / static_cast<double>(rows));
+  if (threadIdx.x == 0) loss[blockIdx.x] = static_cast<float>(sums[0] / divisor);
 }
 
-// Grid: (groups, channels). With factors: slopes of a group's rows; else partial sums of their
+// Grid: channels times groups. With factors: slopes of a group's rows; else partial sums of their
 // levels, sums (channels, groups, F).
 template <class In>
 __global__ void __launch_bounds__(kThreads, 2)
     spectral_batch_kernel(const __grid_constant__ Shape shape, const In* from, int64_t batch,
-                          float* sums, const float* factors, float* slope) {
+                          int64_t channels, unsigned groups, float* sums, const float* factors,
+                          float* slope) {
   DASHPOT_DYNAMIC_SHARED(float2, shared);
   const Layout at(shared, shape);
   const int m = shape.fft.n, pitch = pitch_of(m), bins = m + 1;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * shape.group, n = 2 * int64_t{m};
-  const int64_t channel = blockIdx.y, channels = gridDim.y;
+  const int64_t channel = blockIdx.x / groups, n = 2 * int64_t{m};
+  const int64_t first = static_cast<int64_t>(blockIdx.x % groups) * shape.group;
   const int count =
       static_cast<int>(batch - first < shape.group ? batch - first : int64_t{shape.group});
   block_fft_tables(shape.fft, at.roots, at.place);
@@ -222,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       merge_bins(row, at.place, at.roots, m, k, z);
     }
     if (factors != nullptr) continue;
-    float* to = sums + (channel * gridDim.x + blockIdx.x) * bins;
+    float* to = sums + static_cast<int64_t>(blockIdx.x) * bins;
     to[k] = low;
     to[m - k] = high;
   }
@@ -241,15 +260,14 @@ struct BatchSums {
 
 // One block: means, loss, and both sides' factors (channels, F).
 __global__ void __launch_bounds__(kThreads)
-    spectral_factors_kernel(const __grid_constant__ Shape shape, BatchSums sums, int64_t channels,
-                            const float* weight, bool onesided, float* factors_x, float* factors_y,
-                            float* loss) {
+    spectral_factors_kernel(const __grid_constant__ Shape shape, BatchSums sums, int64_t n,
+                            int64_t channels, const float* weight, bool onesided, float* factors_x,
+                            float* factors_y, float* loss) {
   __shared__ double totals[kThreads];
-  const int m = shape.fft.n, bins = m + 1;
+  const int64_t bins = n / 2 + 1;
   double total = 0;
   for (int64_t i = threadIdx.x; i < channels * bins; i += kThreads) {
-    const int64_t channel = i / bins;
-    const int k = static_cast<int>(i - channel * bins);
+    const int64_t channel = i / bins, k = i - channel * bins;
     double u = 0, v = 0, du = 1, dv = 1;
     for (int64_t g = 0; g < sums.groups_x; ++g) {
       u += sums.x[(channel * sums.groups_x + g) * bins + k];
@@ -264,10 +282,10 @@ __global__ void __launch_bounds__(kThreads)
       u = log(u), v = log(v);
     }
     const double gap = u - v, sign = gap > 0 ? 1.0 : gap < 0 ? -1.0 : 0.0;
-    const double h = bin_weight(k, m, onesided, weight) / static_cast<double>(channels);
+    const double h = bin_weight(k, n, onesided, weight) / static_cast<double>(channels);
     total += h * (shape.l1 ? sign * gap : gap * gap);
     const double slope =
-        h * shape.scale * (k > 0 && k < m ? 0.5 : 1.0) * (shape.l1 ? sign : 2 * gap);
+        h * shape.scale * (is_twice(k, n) ? 0.5 : 1.0) * (shape.l1 ? sign : 2 * gap);
     factors_x[i] = static_cast<float>(slope * du / static_cast<double>(sums.batch_x));
     factors_y[i] = static_cast<float>(-slope * dv / static_cast<double>(sums.batch_y));
   }
@@ -279,11 +297,70 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) *loss = static_cast<float>(totals[0]);
 }
 
+// Grid: rows times chunks. x, y (rows, F): pairs of bins become their slopes'; y null for
+// "complex".
+__global__ void __launch_bounds__(kThreads)
+    spectral_compare_kernel(const __grid_constant__ Shape shape, float2* x, float2* y, int64_t n,
+                            unsigned chunks, const float* weight, bool onesided, float share,
+                            float* losses) {
+  __shared__ float partial[kThreads / 32];
+  const int64_t bins = n / 2 + 1, row = blockIdx.x / chunks;
+  const int64_t first = static_cast<int64_t>(blockIdx.x % chunks) * kChunk;
+  const int64_t end = bins - first < kChunk ? bins : first + kChunk;
+  float total = 0.f;
+  for (int64_t k = first + threadIdx.x; k < end; k += kThreads) {
+    float2 a = x[row * bins + k], b = y != nullptr ? y[row * bins + k] : make_float2(0.f, 0.f);
+    const float w = bin_weight(k, n, onesided, weight);
+    total += w * compare(shape, w * (is_twice(k, n) ? 0.5f : 1.f) * share * shape.scale, a, b);
+    x[row * bins + k] = a;
+    if (y != nullptr) y[row * bins + k] = b;
+  }
+  for (int half = 16; half > 0; half /= 2) total += __shfl_down_sync(0xffffffffu, total, half);
+  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = total;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    float sum = 0.f;
+    for (int w = 0; w < kThreads / 32; ++w) sum += partial[w];
+    losses[blockIdx.x] = sum;
+  }
+}
+
+// Grid: channels times groups of rows times tiles of bins. sums (channels, groups, F).
+__global__ void __launch_bounds__(kThreads)
+    spectral_levels_kernel(const float2* x, int64_t batch, int64_t channels, int64_t bins,
+                           bool power, unsigned groups, unsigned tiles, float* sums) {
+  const int64_t k = static_cast<int64_t>(blockIdx.x % tiles) * kThreads + threadIdx.x;
+  const int64_t item = blockIdx.x / tiles, channel = item / groups;
+  const int64_t first = item % groups * kGroup,
+                end = first + kGroup < batch ? first + kGroup : batch;
+  if (k >= bins) return;
+  float total = 0.f;
+  for (int64_t row = first; row < end; ++row) {
+    const float2 z = x[(row * channels + channel) * bins + k];
+    total += power ? z.x * z.x + z.y * z.y : modulus(z);
+  }
+  sums[item * bins + k] = total;
+}
+
+// x (batch, channels, F) becomes the slopes' spectra, by factors (channels, F).
+__global__ void __launch_bounds__(kThreads)
+    spectral_scale_kernel(float2* x, int64_t entries, int64_t count, bool power,
+                          const float* factors) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= count) return;
+  const float2 z = x[i];
+  const float by = factors[i % entries] * (power ? 2.f : inverse_or_zero(modulus(z)));
+  x[i] = make_float2(z.x * by, z.y * by);
+}
+
 Shape shape_of(const SpectralCall& call) {
   const SpectralOptions& o = call.options;
   int group = 1;
   while (group < kMostRows && 2 * group * call.n <= kSamples) group *= 2;
-  return {block_fft_plan(static_cast<int>(call.n / 2)),
+  // Rows that no block transforms come as spectra: there is nothing to plan.
+  const bool in_block = call.n > 1 && call.n <= kLongestInBlock;
+  const int half = in_block ? static_cast<int>(call.n / 2) : 1;
+  return {block_fft_plan(half),
           call.x.batch * call.channels,
           group,
           static_cast<float>(o.scale),
@@ -294,9 +371,8 @@ Shape shape_of(const SpectralCall& call) {
           static_cast<float>(o.eps)};
 }
 
-int64_t groups_of(int64_t rows, const Shape& shape) {
-  return (rows + shape.group - 1) / shape.group;
-}
+int64_t parts_of(int64_t count, int64_t each) { return (count + each - 1) / each; }
+int64_t groups_of(int64_t rows, const Shape& shape) { return parts_of(rows, shape.group); }
 
 // float64 never comes here: the binding declines it.
 template <class Function>
@@ -333,7 +409,8 @@ void spectral_pairs_cuda(const SpectralCall& call, float* scratch, float* loss, 
            call.y.slope, call.weight, call.onesided, share, losses);
   });
   if (!call.mean) return;
-  launch(&spectral_mean_kernel, dim3(1), dim3(kThreads), 0, on, losses, shape.rows, loss);
+  launch(&spectral_mean_kernel, dim3(1), dim3(kThreads), 0, on, losses, shape.rows,
+         static_cast<double>(shape.rows), loss);
 }
 
 void spectral_batch_cuda(const SpectralCall& call, float* scratch, float* loss, int device,
@@ -350,20 +427,68 @@ void spectral_batch_cuda(const SpectralCall& call, float* scratch, float* loss, 
     using In = decltype(element);
     const auto run = [&](const DeviceSide& side, int64_t groups, float* sums,
                          const float* factors) {
-      launch(&spectral_batch_kernel<In>,
-             dim3(static_cast<unsigned>(groups), static_cast<unsigned>(call.channels)),
+      launch(&spectral_batch_kernel<In>, dim3(static_cast<unsigned>(groups * call.channels)),
              dim3(kThreads), shared_bytes(shape, 1), on, shape, static_cast<const In*>(side.from),
-             side.batch, sums, factors, side.slope);
+             side.batch, call.channels, groups, sums, factors, side.slope);
     };
     const float* none = nullptr;
     run(call.x, groups_x, sums_x, none);
     run(call.y, groups_y, sums_y, none);
     launch(&spectral_factors_kernel, dim3(1), dim3(kThreads), 0, on, shape,
-           BatchSums{sums_x, sums_y, groups_x, groups_y, call.x.batch, call.y.batch}, call.channels,
-           call.weight, call.onesided, factors_x, factors_y, loss);
+           BatchSums{sums_x, sums_y, groups_x, groups_y, call.x.batch, call.y.batch}, call.n,
+           call.channels, call.weight, call.onesided, factors_x, factors_y, loss);
     if (call.x.slope) run(call.x, groups_x, nullptr, factors_x);
     if (call.y.slope) run(call.y, groups_y, nullptr, factors_y);
   });
+}
+
+int64_t spectral_whole_scratch(const SpectralCall& call, bool batch_mean) {
+  const int64_t bins = call.n / 2 + 1;
+  if (!batch_mean) return call.x.batch * call.channels * parts_of(bins, kChunk);
+  return call.channels * bins *
+         (parts_of(call.x.batch, kGroup) + parts_of(call.y.batch, kGroup) + 2);
+}
+
+void spectral_whole_cuda(const SpectralCall& call, bool batch_mean, float* x, float* y,
+                         bool wants_x, bool wants_y, float* scratch, float* loss, int device,
+                         void* stream) {
+  const DeviceGuard guard(device);
+  const auto on = static_cast<cudaStream_t>(stream);
+  const Shape shape = shape_of(call);
+  const int64_t n = call.n, bins = n / 2 + 1, rows = shape.rows, entries = call.channels * bins;
+  float2 *of_x = reinterpret_cast<float2*>(x), *of_y = reinterpret_cast<float2*>(y);
+  if (!batch_mean) {
+    const int64_t chunks = parts_of(bins, kChunk);
+    const float share = call.mean ? 1.f / static_cast<float>(rows) : 1.f;
+    launch(&spectral_compare_kernel, dim3(static_cast<unsigned>(rows * chunks)), dim3(kThreads), 0,
+           on, shape, of_x, of_y, n, chunks, call.weight, call.onesided, share, scratch);
+    launch(&spectral_mean_kernel, dim3(call.mean ? 1 : static_cast<unsigned>(rows)), dim3(kThreads),
+           0, on, static_cast<const float*>(scratch), call.mean ? rows * chunks : chunks,
+           call.mean ? static_cast<double>(rows) : 1.0, loss);
+    return;
+  }
+  const int64_t groups_x = parts_of(call.x.batch, kGroup),
+                groups_y = parts_of(call.y.batch, kGroup);
+  const int64_t tiles = parts_of(bins, kThreads);
+  float *factors_x = scratch, *factors_y = scratch + entries;
+  float *sums_x = scratch + 2 * entries, *sums_y = sums_x + groups_x * entries;
+  const auto levels = [&](const float2* from, int64_t batch, int64_t groups, float* sums) {
+    launch(&spectral_levels_kernel, dim3(static_cast<unsigned>(call.channels * groups * tiles)),
+           dim3(kThreads), 0, on, from, batch, call.channels, bins, shape.power, groups, tiles,
+           sums);
+  };
+  levels(of_x, call.x.batch, groups_x, sums_x);
+  levels(of_y, call.y.batch, groups_y, sums_y);
+  launch(&spectral_factors_kernel, dim3(1), dim3(kThreads), 0, on, shape,
+         BatchSums{sums_x, sums_y, groups_x, groups_y, call.x.batch, call.y.batch}, n,
+         call.channels, call.weight, call.onesided, factors_x, factors_y, loss);
+  const auto scale = [&](float2* of, int64_t batch, const float* factors) {
+    const int64_t count = batch * entries;
+    launch(&spectral_scale_kernel, dim3(static_cast<unsigned>(parts_of(count, kThreads))),
+           dim3(kThreads), 0, on, of, entries, count, shape.power, factors);
+  };
+  if (wants_x) scale(of_x, call.x.batch, factors_x);
+  if (wants_y) scale(of_y, call.y.batch, factors_y);
 }
 
 }  // namespace dashpot::spectral

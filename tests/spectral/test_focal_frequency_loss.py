@@ -85,6 +85,23 @@ def test_alpha_zero_is_the_mean_squared_error(loss_of, h, w, seed):
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], want, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("shape", [(7, 9), (1, 1), (22, 13), (17, 64), (256, 140)])
+@pytest.mark.parametrize("batch_matrix", [False, True])
+def test_every_size_has_a_kernel(backend64, shape, batch_matrix):
+    """Odd, prime, and larger than a block: PyTorch's FFT and one pass."""
+    x, y = images(2, 2, *shape)
+    options = {"batch_matrix": batch_matrix, "alpha": 0.5}
+    with dashpot.backend("reference"):
+        want = dashpot.focal_frequency_loss(x, y, **options)
+        want_grads = torch.autograd.grad(want, [x, y])
+    with dashpot.backend(backend64.backend):
+        got = dashpot.focal_frequency_loss(x, y, **options)
+        grads = torch.autograd.grad(got, [x, y])
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=0)
+    for one, other in zip(grads, want_grads, strict=True):
+        assert (one - other).abs().max() <= 1e-9 * other.abs().max()
+
+
 def test_only_the_difference_counts(loss_of):
     x, y = images(2, 3, 8, 10)
     x_grad, y_grad = torch.autograd.grad(loss_of(x, y), [x, y])

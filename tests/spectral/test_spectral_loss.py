@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import warnings
+from pathlib import Path
 
 import dashpot
+import numpy as np
 import pytest
 import torch
+from dashpot import _measure
 from dashpot.spectral.spectral_loss import KINDS
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,12 +276,98 @@ def test_gradient_penalty(loss_of):
 
 def test_no_slope_where_no_gradient_is_wanted(poison):
     """A forward alone makes nothing of the signals' size."""
-    x, y = (one.float().requires_grad_() for one in signals(8, 64))
+    x, y = (one.float().requires_grad_() for one in signals(256, 64))
     with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
         dashpot.spectral_loss(x, y)
     events = profile.profiler.kineto_results.events()
     sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
     assert sizes and max(sizes) < 4 * x.numel()
+
+
+LENGTHS = [7, 1021, 1458, 6000, 32771]  # odd; prime; in lanes or few rows; long; long and prime
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("batch_mean", [False, True])
+def test_every_length_has_a_kernel(backend64, n, batch_mean):
+    """What no transform of ours takes goes through PyTorch's FFT and one pass; nothing declines."""
+    for kind in KINDS:
+        x, y = (one.requires_grad_() for one in signals(3, 2, n, seed=n))
+        options = {"kind": kind, "batch_mean": batch_mean, "distance": "l1", "spectrum": "onesided"}
+        with dashpot.backend("reference"):
+            want = dashpot.spectral_loss(x, y, **options)
+            want_grads = torch.autograd.grad(want, [x, y])
+        with dashpot.backend(backend64.backend):
+            got = dashpot.spectral_loss(x, y, **options)
+            grads = torch.autograd.grad(got, [x, y])
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=0)
+        for one, other in zip(grads, want_grads, strict=True):
+            assert (one - other).abs().max() <= 1e-8 * other.abs().max()
+
+
+def test_complex_batch_mean_compares_the_mean_spectra(loss_of):
+    x, y = signals(5, 2, 20)
+    x = x[:3].requires_grad_()
+    got = loss_of(x, y, kind="complex", batch_mean=True)
+    gap = torch.fft.fft(x).mean(0) - torch.fft.fft(y).mean(0)
+    want = gap.abs().square().mean()
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
+
+
+@pytest.mark.parametrize("size", [1e-22, 1e22])
+def test_squares_beyond_float32(loss_of, size):
+    """Magnitudes and their gradients where |X|^2 leaves float32's range."""
+    x, y = (size * one for one in signals(4, 20))
+    want = loss_of(x.requires_grad_(), y, kind="magnitude", distance="l1")
+    narrow = x.detach().float().requires_grad_()
+    got = loss_of(narrow, y.float(), kind="magnitude", distance="l1")
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+    (one,), (other,) = torch.autograd.grad(got, narrow), torch.autograd.grad(want, x)
+    assert (one - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@pytest.mark.backends("native")
+def test_offsets_beyond_32_bits(backend):
+    """2^19 + 8 rows of 4,096: the last lies past element 2^31. Only a few pages are ever written;
+    the rest reads as zero."""
+    rows, n = 2**19 + 8, 4096
+    x, y = (torch.from_numpy(np.zeros(rows * n, np.int16)).view(torch.bfloat16).view(rows, n)
+            for _ in range(2))  # fmt: skip
+    x[-1, :2], y[0, 5] = 3, 2
+    x, y = x.to(backend.device), y.to(backend.device)
+    torch.set_num_threads(2)
+    losses = dashpot.spectral_loss(x, y, kind="complex", norm="ortho", reduction="none")
+    torch.set_num_threads(1)
+    assert losses[0].item() == pytest.approx(4 / n) and losses[-1].item() == pytest.approx(18 / n)
+    assert not losses[1:-1].any()
+
+
+@pytest.mark.backends("cpp")
+def test_scratch_is_counted(backend):
+    """All memory of a call comes from torch's allocator: 5 rows in lanes of which there are more,
+    so that spectra are kept beside the slopes."""
+    x, y = (one.float() for one in signals(5, 2048))
+    x.requires_grad_()
+    run = functools.partial(dashpot.spectral_loss, batch_mean=True)
+    alone = _measure.peak_memory(run, (x.detach(), y), "cpu")
+
+    def step(x, y):
+        with torch.enable_grad():
+            return torch.autograd.grad(run(x, y), x)
+
+    assert (
+        alone >= 4 * 5 * 2048 and _measure.peak_memory(step, (x, y), "cpu") >= alone + 8 * 5 * 2048
+    )
+
+
+def test_no_grid_axis_has_a_limit():
+    """Any number of rows and channels: CUDA's first grid axis takes 2^31 - 1 blocks, the others
+    65,535; no kernel of the family uses those."""
+    sources = list((Path(__file__).parents[2] / "csrc/spectral").glob("*.cu"))
+    assert len(sources) == 3
+    for source in sources:
+        assert not re.search(r"blockIdx\.[yz]|gridDim\.[yz]", source.read_text()), source.name
 
 
 def test_module():

@@ -20,15 +20,18 @@ from dashpot.spectral.focal_frequency_loss import (
 )
 from dashpot.spectral.multi_resolution_stft_loss import (
     MULTI_RESOLUTION_STFT_LOSS,
-    MultiResolutionSTFTLoss,
     multi_resolution_stft_loss,
 )
 from dashpot.spectral.spectral_loss import SPECTRAL_LOSS, SpectralLoss, spectral_loss
-from dashpot.spectral.stft_loss import STFT_LOSS, STFTLoss, stft_loss
+from dashpot.spectral.stft_loss import STFT_LOSS, stft_loss
+from dashpot.spectral.stft_modules import MultiResolutionSTFTLoss, STFTLoss, mel_filters
 
 __all__ = [
     "FocalFrequencyLoss", "MultiResolutionSTFTLoss", "STFTLoss", "SpectralLoss",
-    "focal_frequency_loss", "multi_resolution_stft_loss", "spectral_loss", "stft_loss",
+    "focal_frequency_loss", "mel_filters", "multi_resolution_stft_loss", "spectral_loss",
+    "stft_loss",
 ]  # fmt: skip
+
+TOOLS = ("mel_filters",)
 
 OPS = (SPECTRAL_LOSS, MULTI_RESOLUTION_STFT_LOSS, STFT_LOSS, FOCAL_FREQUENCY_LOSS)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot._dispatch import declare
@@ -43,6 +43,11 @@ def _norm(x: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
 
+def _log(m: Tensor) -> Tensor:
+    """log m; 0 where m is 0, which an empty filter gives for both signals."""
+    return torch.where(m == 0, 1.0, m).log()
+
+
 def _resolution_terms(
     m_x: Tensor, m_y: Tensor, weights: list[float], l2: bool, sc_batch: bool, reduction: str
 ) -> list[Tensor]:
@@ -56,7 +61,7 @@ def _resolution_terms(
             terms[0] = (_norm(m_y_all - m_x_all) / _norm(m_y_all)).expand_as(zero)
         else:
             terms[0] = _norm(m_y - m_x) / _norm(m_y)
-    gaps = [m_x.log() - m_y.log()] if weights[1] else [None]
+    gaps = [_log(m_x) - _log(m_y)] if weights[1] else [None]
     gaps.append(m_x - m_y if weights[2] else None)
     for i, gap in enumerate(gaps, 1):
         if gap is not None:
@@ -71,9 +76,10 @@ def loss_of(terms: Tensor, weights: list[float]) -> Tensor:
 
 
 def _multi_resolution_stft_loss_reference(
-    input: Tensor, target: Tensor, windows: list[Tensor], channels: int, n_ffts: list[int],
-    hops: list[int], win_lengths: list[int], weights: list[float], power_floor: float,
-    mag_distance: str, sc_reduction: str, reduction: str, split: bool, wants: list[bool],
+    input: Tensor, target: Tensor, windows: list[Tensor], filters: list[Tensor], channels: int,
+    n_ffts: list[int], hops: list[int], win_lengths: list[int], weights: list[float],
+    power_floor: float, mag_distance: str, sc_reduction: str, reduction: str,
+    scale_invariance: bool, split: bool, wants: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Mean over resolutions of w_sc |m_y - m_x|/|m_y| + w_log |log m_x - log m_y| + w_lin |...|;
     with split the three terms of each resolution instead, (R, 3) or (R, 3, E)."""
@@ -87,6 +93,11 @@ def _multi_resolution_stft_loss_reference(
             else:
                 window = torch.hann_window(length, dtype=x.dtype, device=x.device)
             m_x, m_y = (_magnitudes(s, window, n_fft, hop, power_floor) for s in (x, y))
+            if filters:  # (M, F) @ (rows, F, frames)
+                m_x, m_y = (filters[r].detach() @ m for m in (m_x, m_y))
+            if scale_invariance:
+                scale = (m_x * m_y).sum((1, 2)) / m_y.square().sum((1, 2))  # (rows,)
+                m_y = m_y * scale[:, None, None]
             examples = x.shape[0] // channels
             found += _resolution_terms(
                 m_x.reshape(examples, -1), m_y.reshape(examples, -1), weights,
@@ -114,8 +125,8 @@ def _multi_resolution_stft_loss_reference(
 
 
 def _multi_resolution_stft_loss_fake(
-    input, target, windows, channels, n_ffts, hops, win_lengths, weights, power_floor,
-    mag_distance, sc_reduction, reduction, split, wants,
+    input, target, windows, filters, channels, n_ffts, hops, win_lengths, weights, power_floor,
+    mag_distance, sc_reduction, reduction, scale_invariance, split, wants,
 ):  # fmt: skip
     dtype, count = work_dtype(input.dtype), len(n_ffts)
     each = (input.shape[0] // channels,) if reduction == "none" else ()
@@ -128,14 +139,15 @@ def _multi_resolution_stft_loss_fake(
 
 
 def _multi_resolution_stft_loss_backward(
-    grad_loss, input, target, windows, channels, n_ffts, hops, win_lengths, weights, power_floor,
-    mag_distance, sc_reduction, reduction, split, wants, slope_input, slope_target, needs_grad,
+    grad_loss, input, target, windows, filters, channels, n_ffts, hops, win_lengths, weights,
+    power_floor, mag_distance, sc_reduction, reduction, scale_invariance, split, wants,
+    slope_input, slope_target, needs_grad,
 ):  # fmt: skip
     """dx = dL * slope; split: the sum over terms of their derivative times their slope."""
     slope_input, slope_target = needed_slopes(
         _multi_resolution_stft_loss_reference,
-        (input, target, windows, channels, n_ffts, hops, win_lengths, weights, power_floor,
-         mag_distance, sc_reduction, reduction, split, wants),
+        (input, target, windows, filters, channels, n_ffts, hops, win_lengths, weights,
+         power_floor, mag_distance, sc_reduction, reduction, scale_invariance, split, wants),
         (slope_input, slope_target), needs_grad,
     )  # fmt: skip
     scale = grad_loss.flatten(0, 1) if split else grad_loss  # (), (E,), (3 R,) or (3 R, E)
@@ -154,25 +166,14 @@ def _multi_resolution_stft_loss_backward(
     )
 
 
-def stft_arguments(
-    input: Tensor, target: Tensor, windows: list[Tensor], sizes: Sequence[Sequence[int]],
-    weights: list[float], power_floor: float, mag_distance: str, sc_reduction: str,
-    reduction: str, split: bool, channels: int = 1,
-) -> tuple:  # fmt: skip
-    """What the op takes, from checked values; sizes: n_ffts, hops, win_lengths."""
-    return (
-        input, target, windows, channels, *map(list, sizes), weights, power_floor, mag_distance,
-        sc_reduction, reduction, split, wants(input, target),
-    )  # fmt: skip
-
-
 RESOLUTIONS = {  # n_ffts, hop_lengths, win_lengths
     "default": ((1024, 2048, 512), (120, 240, 50), (600, 1200, 240)),
     "small": ((16, 8), (3, 4), (12, 8)),
     "one": ((20,), (7,), (15,)),
     "prime": ((14, 9), (5, 3), (14, 4)),
 }
-VARIANTS = {  # resolutions, weights, distance, sc, reduction, channels, own windows, split
+# resolutions, weights, distance, sc, reduction, channels, own windows, split
+VARIANTS = {
     "default": ("default", [1.0, 1.0, 0.0], "l1", "batch", "mean", 1, False, False),
     "small": ("small", [1.0, 1.0, 0.0], "l1", "batch", "mean", 1, False, False),
     "l2": ("small", [0.5, 2.0, 1.5], "l2", "example", "mean", 2, True, False),
@@ -182,6 +183,7 @@ VARIANTS = {  # resolutions, weights, distance, sc, reduction, channels, own win
     "terms": ("small", [1.0, 1.0, 0.0], "l2", "batch", "mean", 1, True, True),
     "log": ("one", [0.0, 1.0, 0.0], "l1", "batch", "mean", 1, False, False),
     "prime": ("prime", [1.0, 1.0, 1.0], "l1", "batch", "mean", 1, False, False),
+    "bands": ("small", [1.0, 1.0, 0.5], "l1", "example", "mean", 2, False, False),
 }
 
 
@@ -195,13 +197,20 @@ def _multi_resolution_stft_loss_inputs(size, dtype, device, seed):
     if own:
         windows = [0.2 + torch.rand(n, generator=torch.Generator().manual_seed(n)) for n in lengths]
         windows = [w.to(device, work_dtype(dtype)) for w in windows]
-    return (input, target, windows, channels, list(n_ffts), list(hops), list(lengths), weights,
-            1e-8, distance, sc_reduction, reduction, split,
+    filters = []
+    if variant == "bands":  # neighbouring bins overlap, the last band ends before the last bin
+        for n in n_ffts:
+            filters.append(torch.zeros(3, n // 2 + 1, dtype=work_dtype(dtype)))
+            for m in range(3):
+                filters[-1][m, m : m + n // 4] = torch.linspace(0.2, 1.0, n // 4)
+        filters = [one.to(device) for one in filters]
+    return (input, target, windows, filters, channels, list(n_ffts), list(hops), list(lengths),
+            weights, 1e-8, distance, sc_reduction, reduction, variant == "bands", split,
             [True, label == variant])  # fmt: skip
 
 
 def _multi_resolution_stft_loss_floor(
-    input, target, windows, channels, n_ffts, hops, win_lengths, *_
+    input, target, windows, filters, channels, n_ffts, hops, win_lengths, *_
 ):
     """Both signals read and one slope written; the frames' transforms and one inverse."""
     rows, t = input.shape
@@ -211,9 +220,9 @@ def _multi_resolution_stft_loss_floor(
 
 
 _ARGUMENTS = (
-    "Tensor input, Tensor target, Tensor[] windows, int channels, int[] n_ffts, int[] hops,"
-    " int[] win_lengths, float[] weights, float power_floor, str mag_distance, str sc_reduction,"
-    " str reduction, bool split, bool[] wants"
+    "Tensor input, Tensor target, Tensor[] windows, Tensor[] filters, int channels, int[] n_ffts,"
+    " int[] hops, int[] win_lengths, float[] weights, float power_floor, str mag_distance,"
+    " str sc_reduction, str reduction, bool scale_invariance, bool split, bool[] wants"
 )
 
 MULTI_RESOLUTION_STFT_LOSS = declare(
@@ -229,18 +238,18 @@ MULTI_RESOLUTION_STFT_LOSS = declare(
     floor=_multi_resolution_stft_loss_floor,
     sizes={
         # fewer and more frames than a group, more frames than a segment, a last frame cut short,
-        # own windows, channels, each reduction, a length no kernel has
+        # own windows, channels, each reduction, a length no kernel has, filters
         "test": [("small", 2, 30), ("l2", 4, 33), ("each", 4, 150), ("sum", 3, 64), ("log", 1, 120),
-                 ("terms", 2, 50), ("each term", 4, 70), ("prime", 2, 41), ("small", 1, 3000),
-                 ("default", 2, 2400)],
+                 ("terms", 2, 50), ("each term", 4, 70), ("prime", 2, 41), ("bands", 4, 60),
+                 ("small", 1, 3000), ("default", 2, 2400)],
         "bench": [("train default", 4, 65536), ("train default", 16, 65536)],
     },
 )  # fmt: skip
 
 
 def check_stft(
-    input, target, windows, sizes, names, weights, power_floor, mag_distance, sc_reduction,
-    reduction, return_terms,
+    input, target, windows, filters, sizes, names, weights, power_floor, mag_distance,
+    sc_reduction, reduction, scale_invariance, return_terms,
 ) -> tuple:  # fmt: skip
     """The checks of both STFT losses; returns the op's arguments. names: what the sizes are called
     in the message."""
@@ -270,10 +279,17 @@ def check_stft(
     for window, length in zip(checked, sizes[2] if checked else (), strict=True):
         if window.shape != (length,):
             raise ValueError(f"window: expected ({length},), got {tuple(window.shape)}")
+    filters = [check_constant(one, "filters", input) for one in filters]
+    for one, n_fft in zip(filters, sizes[0] if filters else (), strict=True):
+        if one.dim() != 2 or one.shape[0] == 0 or one.shape[1] != n_fft // 2 + 1:
+            raise ValueError(
+                f"filters: expected (M, {n_fft // 2 + 1}) with M >= 1, got {tuple(one.shape)}"
+            )
     channels = input.shape[1] if input.dim() == 3 else 1
-    return stft_arguments(
-        input.reshape(-1, t), target.reshape(-1, t), checked, sizes, [float(w) for w in weights],
-        power_floor, mag_distance, sc_reduction, reduction, return_terms, channels,
+    return (
+        input.reshape(-1, t), target.reshape(-1, t), checked, filters, channels, *map(list, sizes),
+        [float(w) for w in weights], power_floor, mag_distance, sc_reduction, reduction,
+        bool(scale_invariance), return_terms, wants(input, target),
     )  # fmt: skip
 
 
@@ -286,6 +302,7 @@ def multi_resolution_stft_loss(
     hop_lengths: Sequence[int] = (120, 240, 50),
     win_lengths: Sequence[int] = (600, 1200, 240),
     windows: Sequence[Tensor] | None = None,
+    filters: Sequence[Tensor] | None = None,
     w_sc: float = 1.0,
     w_log: float = 1.0,
     w_lin: float = 0.0,
@@ -293,6 +310,7 @@ def multi_resolution_stft_loss(
     mag_distance: Literal["l1", "l2"] = "l1",
     sc_reduction: Literal["batch", "example"] = "batch",
     reduction: Literal["mean", "sum", "none"] = "mean",
+    scale_invariance: bool = False,
     return_terms: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""The mean over resolutions of `stft_loss`.
@@ -309,6 +327,9 @@ def multi_resolution_stft_loss(
         n_ffts, hop_lengths, win_lengths: R transform lengths (n_fft // 2 < T), hops, windows'
             lengths; defaults of auraloss and ParallelWaveGAN.
         windows: R tensors (win_length, ...) of that one axis; default: periodic Hann windows.
+        filters: R tensors (M, n_fft // 2 + 1), each with its own M: filter banks, not negative,
+            that the magnitudes are multiplied with before they are compared (`mel_filters`); no
+            gradient flows to them. Runs in plain PyTorch.
         w_sc, w_log, w_lin: weights of the terms; a term of weight 0 is not computed.
         power_floor: floor of the power, positive; auraloss 1e-8, ParallelWaveGAN 1e-7. Below it
             a bin has no gradient. Since m_y > 0, the first term is never 0/0.
@@ -317,6 +338,8 @@ def multi_resolution_stft_loss(
             loss then is not a mean over examples), "example" per example.
         reduction: "mean"; "sum" (second and third term summed, as auraloss); "none": one loss per
             example, (B,), the first term per example too.
+        scale_invariance: multiply the target's magnitudes by the factor that fits them best to the
+            input's, one for each (example, channel) and resolution. Runs in plain PyTorch.
         return_terms: also return the three terms, each (R,) or (R, B); all carry gradients.
 
     Returns:
@@ -336,93 +359,12 @@ def multi_resolution_stft_loss(
         if not isinstance(value, list | tuple) or len(value) == 0 or len(value) != len(n_ffts):
             got = len(value) if isinstance(value, list | tuple) else type(value).__name__
             raise ValueError(f"{name}: expected a sequence, of n_ffts' length, got {got}")
-    if windows is not None and len(windows) != len(n_ffts):
-        raise ValueError(f"windows: expected {len(n_ffts)} tensors, got {len(windows)}")
+    for name, value in (("windows", windows), ("filters", filters)):
+        if value is not None and len(value) != len(n_ffts):
+            raise ValueError(f"{name}: expected {len(n_ffts)} tensors, got {len(value)}")
     arguments = check_stft(
-        input, target, windows or (), sizes, names, [w_sc, w_log, w_lin], power_floor,
-        mag_distance, sc_reduction, reduction, return_terms,
+        input, target, windows or (), filters or (), sizes, names, [w_sc, w_log, w_lin],
+        power_floor, mag_distance, sc_reduction, reduction, scale_invariance, return_terms,
     )  # fmt: skip
     out = MULTI_RESOLUTION_STFT_LOSS(*arguments)
     return (loss_of(out, [w_sc, w_log, w_lin]), *out.unbind(1)) if return_terms else out
-
-
-def module_options(
-    w_sc, w_log_mag, w_lin_mag, w_phs, scale, perceptual_weighting, scale_invariance, eps, output,
-    reduction, mag_distance,
-) -> dict:  # fmt: skip
-    """auraloss' constructor arguments as this library's; what it has not is refused."""
-    for name, value in {
-        "w_phs": w_phs, "scale": scale, "perceptual_weighting": perceptual_weighting,
-        "scale_invariance": scale_invariance,
-    }.items():  # fmt: skip
-        if value:
-            raise ValueError(f"{name}: expected {'None' if name == 'scale' else 0}, got {value!r}: "
-                             "magnitudes alone are compared")  # fmt: skip
-    check_choice("output", output, ("loss", "full"))
-    check_choice("mag_distance", mag_distance, ("L1", "L2"))
-    check_choice("reduction", reduction, ("mean", "sum", "none"))
-    return {
-        "w_sc": w_sc, "w_log": w_log_mag, "w_lin": w_lin_mag, "power_floor": eps,
-        "mag_distance": mag_distance.lower(), "reduction": reduction,
-        "return_terms": output == "full",
-    }  # fmt: skip
-
-
-def named_window(window: str, length: int) -> Tensor | None:
-    """None for the Hann window, which kernels have."""
-    if not isinstance(window, str) or not window.endswith("_window") or not hasattr(torch, window):
-        raise ValueError(f"window: expected a window of torch as 'hann_window', got {window!r}")
-    return None if window == "hann_window" else getattr(torch, window)(length)
-
-
-class MultiResolutionSTFTLoss(nn.Module):
-    """`multi_resolution_stft_loss` with the constructor of auraloss' module of this name.
-
-    forward takes (B, C, T) (or (B, T)); output="full" returns the loss and lists of the terms
-    (sc, log, lin, phase), one entry per resolution. `reduction="none"` gives (B,). Not taken:
-    w_phs, scale, perceptual_weighting, scale_invariance.
-    """
-
-    def __init__(
-        self,
-        fft_sizes: Sequence[int] = (1024, 2048, 512),
-        hop_sizes: Sequence[int] = (120, 240, 50),
-        win_lengths: Sequence[int] = (600, 1200, 240),
-        window: str = "hann_window",
-        w_sc: float = 1.0,
-        w_log_mag: float = 1.0,
-        w_lin_mag: float = 0.0,
-        w_phs: float = 0.0,
-        sample_rate: float | None = None,
-        scale: str | None = None,
-        n_bins: int | None = None,
-        perceptual_weighting: bool = False,
-        scale_invariance: bool = False,
-        eps: float = 1e-8,
-        output: str = "loss",
-        reduction: str = "mean",
-        mag_distance: str = "L1",
-        device=None,
-    ):
-        super().__init__()
-        self.options = module_options(
-            w_sc, w_log_mag, w_lin_mag, w_phs, scale, perceptual_weighting, scale_invariance, eps,
-            output, reduction, mag_distance,
-        )  # fmt: skip
-        self.options.update(
-            n_ffts=list(fft_sizes), hop_lengths=list(hop_sizes), win_lengths=list(win_lengths)
-        )
-        self.count = 0
-        for i, length in enumerate(win_lengths):
-            one = named_window(window, length)
-            if one is not None:
-                self.register_buffer(f"window_{i}", one.to(device), persistent=False)
-                self.count += 1
-
-    def forward(self, x: Tensor, y: Tensor):
-        windows = [getattr(self, f"window_{i}").to(x.device) for i in range(self.count)]
-        out = multi_resolution_stft_loss(x, y, windows=windows or None, **self.options)
-        if not self.options["return_terms"]:
-            return out
-        loss, *terms = out
-        return (loss, *(list(term.unbind(0)) for term in terms), [0.0] * terms[0].shape[0])

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot._dispatch import chain
@@ -15,8 +14,6 @@ from dashpot.spectral.multi_resolution_stft_loss import (
     MULTI_RESOLUTION_STFT_LOSS,
     check_stft,
     loss_of,
-    module_options,
-    named_window,
 )
 
 
@@ -29,6 +26,7 @@ def stft_loss(
     win_length: int = 600,
     window: Tensor | None = None,
     *,
+    filters: Tensor | None = None,
     w_sc: float = 1.0,
     w_log: float = 1.0,
     w_lin: float = 0.0,
@@ -36,6 +34,7 @@ def stft_loss(
     mag_distance: Literal["l1", "l2"] = "l1",
     sc_reduction: Literal["batch", "example"] = "batch",
     reduction: Literal["mean", "sum", "none"] = "mean",
+    scale_invariance: bool = False,
     return_terms: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Distance of two signals' STFT magnitudes.
@@ -52,6 +51,9 @@ def stft_loss(
         n_fft, hop_length, win_length: transform length (n_fft // 2 < T), hop, window's length;
             defaults of auraloss' and ParallelWaveGAN's first resolution.
         window: (win_length,) window; default: periodic Hann.
+        filters: (M, n_fft // 2 + 1) filter bank, not negative, that the magnitudes are multiplied
+            with before they are compared (`mel_filters`); no gradient flows to it. Runs in plain
+            PyTorch.
         w_sc, w_log, w_lin: weights of the terms; a term of weight 0 is not computed.
         power_floor: floor of the power, positive; auraloss 1e-8, ParallelWaveGAN 1e-7.
         mag_distance: "l1" absolute differences, "l2" squares, in the second and third term.
@@ -59,6 +61,8 @@ def stft_loss(
             "example" per example.
         reduction: "mean"; "sum" (second and third term summed, as auraloss); "none": one loss per
             example, (B,), the first term per example too.
+        scale_invariance: multiply the target's magnitudes by the factor that fits them best to the
+            input's, one for each (example, channel). Runs in plain PyTorch.
         return_terms: also return the three terms, () or (B,); all carry gradients.
 
     Returns:
@@ -73,9 +77,10 @@ def stft_loss(
     Source: Parallel WaveGAN, arXiv 1910.11480; auraloss' and ParallelWaveGAN's code.
     """
     arguments = check_stft(
-        input, target, () if window is None else (window,),
+        input, target, () if window is None else (window,), () if filters is None else (filters,),
         ((n_fft,), (hop_length,), (win_length,)), ("n_fft", "hop_length", "win_length"),
-        [w_sc, w_log, w_lin], power_floor, mag_distance, sc_reduction, reduction, return_terms,
+        [w_sc, w_log, w_lin], power_floor, mag_distance, sc_reduction, reduction, scale_invariance,
+        return_terms,
     )  # fmt: skip
     out = MULTI_RESOLUTION_STFT_LOSS(*arguments)
     return (loss_of(out, [w_sc, w_log, w_lin]), *out[0].unbind(0)) if return_terms else out
@@ -104,49 +109,3 @@ STFT_LOSS = chain(
         "bench": [(4, 1024, 256, 1024, 65536)],
     },
 )
-
-
-class STFTLoss(nn.Module):
-    """`stft_loss` with the constructor of auraloss' module of this name, and its defaults.
-
-    forward takes (B, C, T) (or (B, T)); output="full" returns (loss, sc, log, lin, phase).
-    `reduction="none"` gives (B,). Not taken: w_phs, scale, perceptual_weighting,
-    scale_invariance.
-    """
-
-    def __init__(
-        self,
-        fft_size: int = 1024,
-        hop_size: int = 256,
-        win_length: int = 1024,
-        window: str = "hann_window",
-        w_sc: float = 1.0,
-        w_log_mag: float = 1.0,
-        w_lin_mag: float = 0.0,
-        w_phs: float = 0.0,
-        sample_rate: float | None = None,
-        scale: str | None = None,
-        n_bins: int | None = None,
-        perceptual_weighting: bool = False,
-        scale_invariance: bool = False,
-        eps: float = 1e-8,
-        output: str = "loss",
-        reduction: str = "mean",
-        mag_distance: str = "L1",
-        device=None,
-    ):
-        super().__init__()
-        self.options = module_options(
-            w_sc, w_log_mag, w_lin_mag, w_phs, scale, perceptual_weighting, scale_invariance, eps,
-            output, reduction, mag_distance,
-        )  # fmt: skip
-        self.sizes = (fft_size, hop_size, win_length)
-        one = named_window(window, win_length)
-        self.register_buffer("window", None if one is None else one.to(device), persistent=False)
-
-    def forward(self, input: Tensor, target: Tensor):
-        window = self.window
-        if isinstance(window, torch.Tensor):
-            window = window.to(input.device)
-        out = stft_loss(input, target, *self.sizes, window, **self.options)
-        return (*out, 0.0) if self.options["return_terms"] else out
