@@ -1,5 +1,5 @@
 """mda: distances, the exact subset, its mean, against byzfl, which enumerates subsets
-(600,000 of 30 workers)."""
+(600,000 of 30 workers; of 60 the reference could not)."""
 
 from dashpot._measure import Peer
 
@@ -7,7 +7,7 @@ from bench import peers
 from bench.aggregate import sizes
 
 OP = "mda"
-SIZES = sizes.FLOAT32
+SIZES = {dtype: [size for size in each if size[0] <= 30] for dtype, each in sizes.FLOAT32.items()}
 
 
 def byzfl(grads, f):
