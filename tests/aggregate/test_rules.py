@@ -6,7 +6,7 @@ import dashpot
 import pytest
 import torch
 from dashpot.aggregate._rules import RULES, make_rule
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytestmark = pytest.mark.tests_op("robust_aggregate")
@@ -32,6 +32,7 @@ BY_COORDINATE = ("coordinate_median", "trimmed_mean", "meamed", "phocas", "bulya
 FROM_THE_ORIGIN = ("flag", "centered_clipping")  # those that look at the rows from there
 TRIMMING = ("trimmed_mean", "meamed", "phocas")
 CLOSE = {"rtol": 1e-7, "atol": 1e-7}
+FEW = settings(max_examples=6)  # of each of 13 rules on each backend
 
 
 def test_every_rule_is_here():
@@ -43,6 +44,7 @@ def test_every_rule_is_here():
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name != "mda"])
+@FEW
 @given(seed=st.integers(0, 999))
 def test_workers_have_no_order(backend64, random_rows, name, seed):
     """MoNNA's trusted worker is told by its index, and moves along. Of subsets of one diameter MDA
@@ -57,6 +59,7 @@ def test_workers_have_no_order(backend64, random_rows, name, seed):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in BY_COORDINATE])
+@FEW
 @given(seed=st.integers(0, 999))
 def test_turns_with_the_space(backend64, random_rows, name, seed):
     rule = make_rule(name, **OPTIONS[name])
@@ -68,6 +71,7 @@ def test_turns_with_the_space(backend64, random_rows, name, seed):
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIONS if name not in FROM_THE_ORIGIN])
+@FEW
 @given(seed=st.integers(0, 999), far=st.floats(-100, 100))
 def test_moves_with_the_space(backend64, random_rows, name, seed, far):
     rule = make_rule(name, **OPTIONS[name])
@@ -77,6 +81,7 @@ def test_moves_with_the_space(backend64, random_rows, name, seed, far):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+@FEW
 @given(seed=st.integers(0, 999), scale=st.floats(1e-3, 1e3))
 def test_grows_with_the_rows(backend64, random_rows, name, seed, scale):
     """All lengths the rule is told in grow too."""
@@ -92,6 +97,7 @@ def test_grows_with_the_rows(backend64, random_rows, name, seed, scale):
 
 
 @pytest.mark.parametrize("name", [*TRIMMING, "multi_krum", "mda", "monna", "bulyan"])
+@FEW
 @given(p=st.integers(3, 20), seed=st.integers(0, 999))
 def test_nobody_left_out_is_the_mean(backend64, random_rows, name, p, seed):
     rows = random_rows(p, 33, seed, device=backend64.device)
