@@ -62,8 +62,9 @@ struct SquaredDifference {
 
 // Rows R x C of register tiles: 25 of 32 registers on AVX-512, 9 of 16 elsewhere.
 constexpr int tile_rows(Isa isa) { return isa == Isa::kAvx512 ? 5 : 3; }
-inline constexpr int64_t kTerms = 256;  // that a lane adds up between two float64 additions, at most
-inline constexpr int64_t kWidth = 8;         // float64 lanes kept per pair, at most
+inline constexpr int64_t kTerms =
+    256;                              // that a lane adds up between two float64 additions, at most
+inline constexpr int64_t kWidth = 8;  // float64 lanes kept per pair, at most
 
 constexpr int64_t pair_count(int64_t p) { return p * (p + 1) / 2; }
 // Place of the pair (i, j), i <= j, in the upper triangle of (p, p).
@@ -128,7 +129,8 @@ DASHPOT_INLINE void tile(const Block<Acc>& block, int64_t i, int64_t j, int64_t 
       double* lanes = block.lanes + pair_index(block.p, i + r, j + c) * kWidth;
       add_lanes<Acc, isa>(lanes, sum[r][c]);
       const bool origin = F::kNorms && diagonal && r == c;
-      for (int64_t t = k; t < n; ++t) lanes[0] += F::add(Acc(0), a[r][t], origin ? Acc(0) : b[c][t]);
+      for (int64_t t = k; t < n; ++t)
+        lanes[0] += F::add(Acc(0), a[r][t], origin ? Acc(0) : b[c][t]);
     }
   }
 }
@@ -143,8 +145,8 @@ DASHPOT_INLINE void tile_of_width(const Block<Acc>& block, int64_t i, int64_t j,
 }
 
 template <Isa isa, class F, class Acc, int R = 1>
-DASHPOT_INLINE void diagonal_tile(const Block<Acc>& block, int64_t i, int64_t height,
-                                  int64_t first, int64_t last) {
+DASHPOT_INLINE void diagonal_tile(const Block<Acc>& block, int64_t i, int64_t height, int64_t first,
+                                  int64_t last) {
   if constexpr (R < tile_rows(isa)) {
     if (height > R) return diagonal_tile<isa, F, Acc, R + 1>(block, i, height, first, last);
   }
