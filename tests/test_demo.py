@@ -87,13 +87,13 @@ def test_an_attack_changes_the_byzantine_workers_only(attack, data):
 
 def test_attacks_send_what_their_definition_says():
     honest = [[torch.tensor([1.0, 4.0])], [torch.tensor([2.0, 0.0])], [torch.tensor([6.0, 2.0])]]
-    own = [torch.tensor([0.5, -1.0])]
+    own = [[torch.tensor([0.5, -1.0])]]
     mean = torch.tensor([3.0, 2.0])
     std = torch.tensor([7.0, 4.0]).sqrt()  # squared deviations 14 and 8 over n - 1 = 2
     generator = torch.Generator().manual_seed(0)
 
     def sent(attack):
-        (result,) = _demo.ATTACKS[attack](honest, own, generator)
+        ((result,),) = _demo.ATTACKS[attack](honest, own, generator)
         return result
 
     torch.testing.assert_close(sent("sign flip, -mean"), -mean)

@@ -4,8 +4,11 @@ distances by torch.cdist, Krum in a loop, then sort, distances to the median and
 import torch
 from dashpot._measure import Peer
 
+from bench.aggregate import sizes
+from bench.aggregate.bench_meamed import mean_around, middle
+
 OP = "bulyan"
-SIZES = {torch.float32: [(15, 100_000), (15, 1_000_000), (7, 1_000_000)]}
+SIZES = sizes.FLOAT32
 
 
 def plain(grads, f):
@@ -18,13 +21,10 @@ def plain(grads, f):
         near = distance[remaining][:, remaining].sort(dim=1).values[:, 1 : k + 1]
         chosen.append(remaining.pop(int(near.sum(1).argmin())))
     x = grads[chosen]  # (p - 2 f, d)
-    ordered = x.sort(dim=0).values
-    center = 0.5 * (ordered[(len(x) - 1) // 2] + ordered[len(x) // 2])
-    nearest = (x - center).abs().topk(p - 4 * f, dim=0, largest=False, sorted=False).indices
-    return x.gather(0, nearest).mean(0)
+    return mean_around(x, middle(x.sort(dim=0).values), p - 4 * f)
 
 
-PEERS = {"torch": Peer(plain)}
+PEERS = {"torch": Peer(plain, sizes.up_to_a_million)}
 
 
 def test_bulyan(measure):

@@ -1,12 +1,12 @@
 """centered_clipping: a step from the origin, against byzfl and the definition in PyTorch."""
 
-import torch
 from dashpot._measure import Peer
 
 from bench import peers
+from bench.aggregate import sizes
 
 OP = "centered_clipping"
-SIZES = {torch.float32: [(15, 100_000), (15, 1_000_000)]}
+SIZES = sizes.FLOAT32
 
 
 def definition(grads, tau):
@@ -19,7 +19,7 @@ def byzfl(grads, tau):
     return peers.load("byzfl").CenteredClipping(tau=tau)(grads).to(grads.dtype)
 
 
-PEERS = {"torch": Peer(definition), "byzfl": Peer(byzfl)}
+PEERS = {"torch": Peer(definition), "byzfl": Peer(byzfl, sizes.up_to_a_million)}
 
 
 def test_centered_clipping(measure):

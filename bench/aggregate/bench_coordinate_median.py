@@ -1,19 +1,14 @@
 """coordinate_median: one read and one write, against torch.median, a sort, and byzfl.
 
-All workers counts are odd but 60; there torch.median takes the lower middle value."""
+torch.median takes the lower middle value of an even number of workers: it is timed for odd ones."""
 
-import torch
 from dashpot._measure import Peer
 
 from bench import peers
+from bench.aggregate import sizes
 
 OP = "coordinate_median"
-SIZES = {
-    torch.float32: [
-        (15, 100_000), (15, 1_000_000), (15, 10_000_000), (7, 1_000_000), (60, 1_000_000),
-    ],
-    torch.bfloat16: [(15, 1_000_000)],
-}  # fmt: skip
+SIZES = sizes.RULES
 
 
 def torch_median(grads):
@@ -31,8 +26,8 @@ def byzfl(grads):
 
 PEERS = {
     "torch.median": Peer(torch_median, lambda size, *_: size[1] <= 1_000_000 and size[0] % 2),
-    "torch.sort": Peer(sort, lambda size, *_: size[1] <= 1_000_000),
-    "byzfl": Peer(byzfl, lambda size, *_: size[1] <= 1_000_000),
+    "torch.sort": Peer(sort, sizes.up_to_a_million),
+    "byzfl": Peer(byzfl, sizes.up_to_a_million),
 }
 
 

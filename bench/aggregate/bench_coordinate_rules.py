@@ -1,18 +1,13 @@
 """coordinate_rules: median and trimmed mean of each coordinate in one read, against what a good
 user writes: one sort along the workers, and both from it. byzfl's two calls sort twice."""
 
-import torch
 from dashpot._measure import Peer
 
 from bench import peers
+from bench.aggregate import sizes
 
 OP = "coordinate_rules"
-SIZES = {
-    torch.float32: [
-        (15, 100_000), (15, 1_000_000), (15, 10_000_000), (7, 1_000_000), (60, 1_000_000),
-    ],
-    torch.bfloat16: [(15, 1_000_000)],
-}  # fmt: skip
+SIZES = sizes.RULES
 
 
 def one_sort(grads, mask, p, count, f, rules):
@@ -27,13 +22,9 @@ def byzfl(grads, mask, p, count, f, rules):
     return [module.Median()(rows).to(rows.dtype), module.TrMean(f=f)(rows).to(rows.dtype)]
 
 
-def up_to_a_million(size, *_):
-    return size[1] <= 1_000_000
-
-
 PEERS = {
-    "torch.sort": Peer(one_sort, up_to_a_million),
-    "byzfl": Peer(byzfl, up_to_a_million),
+    "torch.sort": Peer(one_sort, sizes.up_to_a_million),
+    "byzfl": Peer(byzfl, sizes.up_to_a_million),
 }
 
 

@@ -5,12 +5,10 @@ import torch
 from dashpot._measure import Peer
 
 from bench import peers
+from bench.aggregate import sizes
 
 OP = "geometric_median"
-SIZES = {
-    torch.float32: [(15, 100_000), (15, 1_000_000), (15, 10_000_000)],
-    torch.bfloat16: [(15, 1_000_000)],
-}
+SIZES = sizes.RULES
 STEPS = 5
 
 
@@ -43,15 +41,11 @@ def geom_median(grads):
     return compute(grads, maxiter=STEPS).median
 
 
-def up_to_a_million(size, dtype, *_):
-    return dtype == torch.float32 and size[1] <= 1_000_000
-
-
 PEERS = {
     "torch gram": Peer(torch_gram),
-    "torch": Peer(torch_steps, up_to_a_million),
-    "byzfl": Peer(byzfl, up_to_a_million),
-    "geom-median": Peer(geom_median, up_to_a_million),
+    "torch": Peer(torch_steps, sizes.float32_up_to_a_million),
+    "byzfl": Peer(byzfl, sizes.float32_up_to_a_million),
+    "geom-median": Peer(geom_median, sizes.float32_up_to_a_million),
 }
 
 

@@ -6,24 +6,25 @@ import torch
 from dashpot._measure import Peer
 
 from bench import peers
+from bench.aggregate import sizes
 
 OP = "krum"
-SIZES = {
-    torch.float32: [(15, 100_000), (15, 1_000_000), (15, 10_000_000)],
-    torch.bfloat16: [(15, 1_000_000)],
-}
+SIZES = sizes.RULES
 OPTIONS = [{"neighbours": 11}, {"squared": False}]
 
 
-def torch_gram(grads, f, neighbours=None, squared=True):
-    """Distances from the product, which cancels for close workers but is the fastest."""
+def scores(grads, f, neighbours=None, squared=True):
+    """(p,) from the product's distances, which cancel for close workers but are the fastest."""
     neighbours = len(grads) - f - 2 if neighbours is None else neighbours
     k = grads @ grads.mT  # (p, p)
     square = k.diagonal()
     sqdist = (square[:, None] + square - 2 * k).clamp(min=0)
     distance = sqdist if squared else sqdist.sqrt()
-    scores = distance.sort(dim=1).values[:, 1 : neighbours + 1].sum(1)
-    return grads[scores.argmin()].clone()
+    return distance.sort(dim=1).values[:, 1 : neighbours + 1].sum(1)
+
+
+def torch_gram(grads, f, **options):
+    return grads[scores(grads, f, **options).argmin()].clone()
 
 
 def byzfl(grads, f, neighbours):
@@ -35,15 +36,16 @@ def torchjd(grads, f, squared):
 
 
 def is_byzfls(size, dtype, device, options):
-    return "neighbours" in options and size[1] <= 1_000_000
+    return "neighbours" in options and size[0] == 15 and sizes.up_to_a_million(size)
 
 
 def is_torchjds(size, dtype, device, options):
-    return "squared" in options and dtype == torch.float32 and size[1] <= 1_000_000
+    return "squared" in options and sizes.float32_up_to_a_million(size, dtype)
 
 
 PEERS = {
-    "torch X @ X.T": Peer(torch_gram),
+    # Not in bfloat16: its distances are so wrong there that it takes another row, and is refused.
+    "torch X @ X.T": Peer(torch_gram, lambda size, dtype, *_: dtype == torch.float32),
     "byzfl": Peer(byzfl, is_byzfls),
     "torchjd": Peer(torchjd, is_torchjds),
 }

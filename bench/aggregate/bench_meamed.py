@@ -1,38 +1,37 @@
 """meamed: one read and one write, against byzfl and plain PyTorch: median, distances, top-k."""
 
-import torch
 from dashpot._measure import Peer
 
 from bench import peers
+from bench.aggregate import sizes
 
 OP = "meamed"
-SIZES = {
-    torch.float32: [
-        (15, 100_000), (15, 1_000_000), (15, 10_000_000), (7, 1_000_000), (60, 1_000_000),
-    ],
-    torch.bfloat16: [(15, 1_000_000)],
-}  # fmt: skip
+SIZES = sizes.RULES
+
+
+def mean_around(x, center, count):
+    """Of x (p, d), the mean of the `count` values nearest to center (d,)."""
+    nearest = (x - center).abs().topk(count, dim=0, largest=False, sorted=False).indices
+    return x.gather(0, nearest).mean(0)
+
+
+def middle(x):
+    """The median of x (p, d), sorted."""
+    return 0.5 * (x[(len(x) - 1) // 2] + x[len(x) // 2])
 
 
 def topk(grads, f):
-    x, p = grads.sort(dim=0).values, len(grads)  # (p, d)
-    center = 0.5 * (x[(p - 1) // 2] + x[p // 2])
-    nearest = (x - center).abs().topk(p - f, dim=0, largest=False, sorted=False).indices
-    return x.gather(0, nearest).mean(0)
+    x = grads.sort(dim=0).values  # (p, d)
+    return mean_around(x, middle(x), len(x) - f)
 
 
 def byzfl(grads, f):
     return peers.load("byzfl").Meamed(f=f)(grads).to(grads.dtype)
 
 
-# Not in bfloat16: equal distances are frequent there, and these take either value.
-def float32_up_to_a_million(size, dtype, *_):
-    return size[1] <= 1_000_000 and dtype == torch.float32
-
-
 PEERS = {
-    "torch topk": Peer(topk, float32_up_to_a_million),
-    "byzfl": Peer(byzfl, lambda size, dtype, *_: size[1] <= 100_000 and dtype == torch.float32),
+    "torch topk": Peer(topk, sizes.float32_up_to_a_million),
+    "byzfl": Peer(byzfl, sizes.float32_up_to_100_000),
 }
 
 

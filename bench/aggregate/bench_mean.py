@@ -4,9 +4,10 @@ import torch
 from dashpot._measure import Peer
 
 from bench import peers
+from bench.aggregate import sizes
 
 OP = "mean"
-SIZES = {torch.float32: [(15, 100_000), (15, 1_000_000)]}
+SIZES = sizes.FLOAT32
 
 
 def finite_mean(grads):
@@ -22,7 +23,7 @@ def byzfl(grads):
 PEERS = {
     "mean of finite rows": Peer(finite_mean),
     "torch.mean": Peer(lambda grads: grads.mean(0)),
-    "byzfl": Peer(byzfl),
+    "byzfl": Peer(byzfl, sizes.up_to_a_million),
 }
 
 

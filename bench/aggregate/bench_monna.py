@@ -1,20 +1,20 @@
 """monna: the mean of the p - f rows nearest to worker 1, against byzfl, which forms the distances
 from that one worker alone."""
 
-import torch
 from dashpot._measure import Peer
 
 from bench import peers
+from bench.aggregate import sizes
 
 OP = "monna"
-SIZES = {torch.float32: [(15, 100_000), (15, 1_000_000)]}
+SIZES = sizes.FLOAT32
 
 
 def byzfl(grads, f, idx):
     return peers.load("byzfl").MoNNA(f, idx)(grads).to(grads.dtype)
 
 
-PEERS = {"byzfl": Peer(byzfl)}
+PEERS = {"byzfl": Peer(byzfl, sizes.up_to_a_million)}
 
 
 def test_monna(measure):

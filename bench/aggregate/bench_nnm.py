@@ -4,8 +4,10 @@ the mixed rows as well, which is what `nnm` is there to avoid."""
 import torch
 from dashpot._measure import Peer
 
+from bench.aggregate import sizes
+
 OP = "nnm"
-SIZES = {torch.float32: [(15, 100_000), (15, 1_000_000)]}
+SIZES = sizes.FLOAT32
 
 
 def cdist(grads, f):
@@ -15,7 +17,7 @@ def cdist(grads, f):
     return mixing.scatter_(1, nearest, 1 / (p - f))
 
 
-PEERS = {"torch.cdist": Peer(cdist)}
+PEERS = {"torch.cdist": Peer(cdist, sizes.up_to_a_million)}
 
 
 def test_nnm(measure):

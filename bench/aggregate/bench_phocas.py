@@ -1,28 +1,20 @@
 """phocas: one read and one write, against plain PyTorch: trimmed mean, distances, top-k."""
 
-import torch
 from dashpot._measure import Peer
 
+from bench.aggregate import sizes
+from bench.aggregate.bench_meamed import mean_around
+
 OP = "phocas"
-SIZES = {
-    torch.float32: [
-        (15, 100_000), (15, 1_000_000), (15, 10_000_000), (7, 1_000_000), (60, 1_000_000),
-    ],
-    torch.bfloat16: [(15, 1_000_000)],
-}  # fmt: skip
+SIZES = sizes.RULES
 
 
 def topk(grads, f):
-    x, p = grads.sort(dim=0).values, len(grads)  # (p, d)
-    center = x[f : p - f].mean(0)
-    nearest = (x - center).abs().topk(p - f, dim=0, largest=False, sorted=False).indices
-    return x.gather(0, nearest).mean(0)
+    x = grads.sort(dim=0).values  # (p, d)
+    return mean_around(x, x[f : len(x) - f].mean(0), len(x) - f)
 
 
-# At 100,000 only: in float32 its rounded distances fall the other way for a few of a million.
-PEERS = {
-    "torch topk": Peer(topk, lambda size, dtype, *_: size[1] <= 100_000 and dtype == torch.float32),
-}
+PEERS = {"torch topk": Peer(topk, sizes.float32_up_to_100_000)}
 
 
 def test_phocas(measure):

@@ -1,17 +1,12 @@
 """trimmed_mean: one read and one write, against a sort, byzfl and torchjd."""
 
-import torch
 from dashpot._measure import Peer
 
 from bench import peers
+from bench.aggregate import sizes
 
 OP = "trimmed_mean"
-SIZES = {
-    torch.float32: [
-        (15, 100_000), (15, 1_000_000), (15, 10_000_000), (7, 1_000_000), (60, 1_000_000),
-    ],
-    torch.bfloat16: [(15, 1_000_000)],
-}  # fmt: skip
+SIZES = sizes.RULES
 
 
 def sort(grads, f):
@@ -27,9 +22,9 @@ def torchjd(grads, f):
 
 
 PEERS = {
-    "torch.sort": Peer(sort, lambda size, *_: size[1] <= 1_000_000),
-    "byzfl": Peer(byzfl, lambda size, *_: size[1] <= 1_000_000),
-    "torchjd": Peer(torchjd, lambda size, *_: size[1] <= 1_000_000),
+    "torch.sort": Peer(sort, sizes.up_to_a_million),
+    "byzfl": Peer(byzfl, sizes.up_to_a_million),
+    "torchjd": Peer(torchjd, sizes.up_to_a_million),
 }
 
 

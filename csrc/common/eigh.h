@@ -65,13 +65,16 @@ inline void eigh(double* a, double* vectors, double* values, double* scratch, in
       for (int j = k + 1; j < n; ++j) vectors[i * n + j] -= sum * u[j];
     }
   }
+  // An entry is negligible beside the whole matrix, not beside its neighbours: where the rank is
+  // low, those are rounding errors themselves, and never settle.
+  double negligible = 0;
+  for (int i = 0; i < n; ++i) {
+    negligible = std::fmax(negligible, DBL_EPSILON * (std::fabs(values[i]) + std::fabs(off[i])));
+  }
   for (int l = 0; l < n; ++l) {
     for (int sweep = 0;; ++sweep) {
       int end = l;  // the block l..end has no negligible off-diagonal entry
-      while (end < n - 1 && std::fabs(off[end]) > DBL_EPSILON * (std::fabs(values[end]) +
-                                                                 std::fabs(values[end + 1]))) {
-        ++end;
-      }
+      while (end < n - 1 && std::fabs(off[end]) > negligible) ++end;
       if (end == l) break;
       if (sweep == 60) throw std::runtime_error("eigh: no convergence");
       const double ratio = (values[l + 1] - values[l]) / (2 * off[l]);

@@ -11,6 +11,7 @@ Shapes: p workers, S parameters of the model, d coordinates of all of them toget
 from __future__ import annotations
 
 import importlib.util
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 import dashpot
-from dashpot import _check, _measure, _terminal
+from dashpot import _check, _measure, _terminal, attacks
 
 Gradient = list[Tensor]  # S tensors, one worker's gradient
 Rule = Callable[[list[Gradient]], Gradient]
-Attack = Callable[[list[Gradient], Gradient, torch.Generator], Gradient]
+Attack = Callable[[list[Gradient], list[Gradient], torch.Generator], list[Gradient]]
 
 WORKERS, BYZANTINE = 15, 3
 SEED = 0
@@ -52,38 +53,18 @@ RULES: dict[str, Rule] = {"mean": mean, "median": coordinate_median, "flag_aggre
 
 
 # --------------------------------------------------------------------------------------------
-# The attacks: (honest gradients, the worker's own gradient, generator) -> what the worker sends
-
-
-def _sign_flip(honest: list[Gradient], own: Gradient, generator: torch.Generator) -> Gradient:
-    return [-mu for mu in mean(honest)]
-
-
-def _reverse(honest: list[Gradient], own: Gradient, generator: torch.Generator) -> Gradient:
-    return [-10 * gradient for gradient in own]
-
-
-def _uniform(honest: list[Gradient], own: Gradient, generator: torch.Generator) -> Gradient:
-    return [torch.rand(gradient.shape, generator=generator) for gradient in own]
-
-
-def _alie(honest: list[Gradient], own: Gradient, generator: torch.Generator) -> Gradient:
-    sigma = [torch.stack(column).std(0) for column in zip(*honest, strict=True)]
-    return [mu - 0.21 * s for mu, s in zip(mean(honest), sigma, strict=True)]
-
-
-def _nan(honest: list[Gradient], own: Gradient, generator: torch.Generator) -> Gradient:
-    return [torch.full_like(gradient, torch.nan) for gradient in own]
-
+# The attacks: (honest gradients, the Byzantine workers' own, generator) -> what those send
 
 # The constants are those of the Flag Aggregator's published code.
 ATTACKS: dict[str, Attack | None] = {
     "no attack": None,
-    "sign flip, -mean": _sign_flip,
-    "ALIE, mean - 0.21 std": _alie,
-    "reverse, -10 times own": _reverse,
-    "uniform noise in [0, 1)": _uniform,
-    "NaN": _nan,
+    "sign flip, -mean": lambda honest, own, _: attacks.sign_flip(honest, len(own)),
+    "ALIE, mean - 0.21 std": lambda honest, own, _: attacks.alie(honest, len(own)),
+    "reverse, -10 times own": lambda honest, own, _: attacks.reverse(honest, len(own), own=own),
+    "uniform noise in [0, 1)": lambda honest, own, generator: attacks.uniform(
+        honest, len(own), generator=generator
+    ),
+    "NaN": lambda honest, own, _: attacks.constant(honest, len(own), value=math.nan),
 }
 QUICK_ATTACKS = ("no attack", "reverse, -10 times own", "NaN")
 
@@ -170,7 +151,7 @@ def train(
             grads.append(list(torch.autograd.grad(loss, parameters)))
         if attack is not None:
             honest, own = grads[:-BYZANTINE], grads[-BYZANTINE:]
-            grads = honest + [attack(honest, gradient, noise) for gradient in own]
+            grads = honest + attack(honest, own, noise)
         update = aggregate(grads)  # the one line that a rule changes
         for parameter, gradient in zip(parameters, update, strict=True):
             parameter.grad = gradient
@@ -284,13 +265,13 @@ def run(output: str | Path | None = None, quick: bool = False) -> None:
 
 
 def compute(quick: bool) -> Result:
-    attacks = QUICK_ATTACKS if quick else tuple(ATTACKS)
+    names = QUICK_ATTACKS if quick else tuple(ATTACKS)
     steps, d, budget = (60, 100_000, 0.3) if quick else (150, 1_000_000, 2.0)
     data = load_digits()
     curves = {}
-    with _terminal.progress(len(attacks) * len(RULES) * steps + len(TIMED), "demo") as step:
+    with _terminal.progress(len(names) * len(RULES) * steps + len(TIMED), "demo") as step:
         with _check.threads(1):  # matrices this small: threads would only wait for each other
-            for attack in attacks:
+            for attack in names:
                 curves[attack] = {
                     name: train(
                         data, rule, ATTACKS[attack], steps, partial(step, f"{attack}: {name}")

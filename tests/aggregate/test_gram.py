@@ -169,6 +169,14 @@ def test_offsets_beyond_32_bits(backend, lazy_zeros):
     assert torch.equal(dashpot.gram(rows, accum="fp32").cpu(), want)
 
 
+@pytest.mark.backends("native")
+def test_a_row_beyond_32_bits(backend, lazy_zeros):
+    """More coordinates than an int counts, in one row."""
+    rows = lazy_zeros(1, 2**31 + 9, backend.device)
+    rows[0, 0], rows[0, -1] = 2, 3
+    assert dashpot.gram(rows, accum="fp32").item() == 13
+
+
 # --------------------------------------------------------------------------------------------
 # Errors: the argument, what was expected, what came
 

@@ -39,6 +39,15 @@ def test_moves_with_the_space(backend64, random_rows, seed):
     torch.testing.assert_close(dashpot.mda(rows @ turn + 1, 2), update @ turn + 1)
 
 
+@given(seed=st.integers(0, 99))
+def test_workers_have_no_order(backend64, random_rows, seed):
+    """Several subsets may have the least diameter, and the first is taken: the diameter stays."""
+    sqdist = dashpot.pairwise_sqdist(random_rows(9, 12, seed, device=backend64.device))
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
+    moved = sqdist[order][:, order].contiguous()
+    assert torch.equal(dashpot.mda_coeffs(moved, 3)[1], dashpot.mda_coeffs(sqdist, 3)[1])
+
+
 def test_bad_rows(backend, random_rows):
     rows = random_rows(8, 34, dtype=torch.float32, device=backend.device)
     kept = rows[[0, 1, 2, 4, 5, 7]].clone()

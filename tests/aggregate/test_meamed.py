@@ -1,4 +1,5 @@
-"""meamed: the rule by itself; its properties are in test_coordinate_rules.py."""
+"""meamed: the rule by itself; its properties are in
+test_coordinate_rules.py and test_rules.py."""
 
 from __future__ import annotations
 
@@ -22,11 +23,6 @@ def test_is_the_mean_of_the_values_nearest_the_median(backend64, random_rows):
     torch.testing.assert_close(dashpot.meamed(rows, 2), rows.gather(0, nearest).mean(0))
 
 
-def test_nothing_left_out_is_the_mean(backend64, random_rows):
-    rows = random_rows(6, 33, device=backend64.device)
-    torch.testing.assert_close(dashpot.meamed(rows, 0), rows.mean(0), rtol=1e-13, atol=1e-13)
-
-
 @pytest.mark.peers
 @pytest.mark.parametrize(("p", "f"), [(5, 1), (8, 3), (15, 3), (30, 14)])
 def test_agrees_with_byzfl(random_rows, p, f):
@@ -34,18 +30,3 @@ def test_agrees_with_byzfl(random_rows, p, f):
     rows = random_rows(p, 200)
     want = torch.from_numpy(peers.load("byzfl").Meamed(f=f)(rows.numpy()))
     torch.testing.assert_close(dashpot.meamed(rows, f), want, rtol=1e-10, atol=1e-10)
-
-
-def test_out(backend, random_rows):
-    rows = random_rows(5, 26, dtype=torch.float32, device=backend.device)
-    out = torch.empty_like(rows[0])
-    assert dashpot.meamed(rows, 1, out=out) is out
-    assert torch.equal(out, dashpot.meamed(rows, 1))
-
-
-def test_errors():
-    rows = torch.ones(4, 2)
-    with pytest.raises(ValueError, match=r"f: expected 0 <= 2 f < p = 4, got 2"):
-        dashpot.meamed(rows, 2)
-    with pytest.raises(TypeError, match=r"f: expected an int, got NoneType"):
-        dashpot.meamed(rows, None)

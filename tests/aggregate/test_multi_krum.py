@@ -34,6 +34,19 @@ def test_torchjd(backend64, random_rows, p, k):
         torch.testing.assert_close(update.cpu(), want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.peers
+@pytest.mark.parametrize(("p", "f", "k"), [(5, 1, 1), (9, 2, 4), (15, 3, 12)])
+def test_flower(backend64, random_rows, p, f, k):
+    """The variant of Blanchard et al.: squared distances, p - f - 2 neighbours."""
+    from flwr.server.strategy.aggregate import aggregate_krum
+
+    for seed in range(5):
+        rows = random_rows(p, 40, seed)
+        update = dashpot.multi_krum(rows.to(backend64.device), f, k=k)
+        (want,) = aggregate_krum([([row.numpy()], 1) for row in rows], f, k)
+        torch.testing.assert_close(update.cpu().numpy(), want, rtol=1e-10, atol=1e-12)
+
+
 def test_garfields_variant(backend64, random_rows):
     """Plain distances to p - f - 1 neighbours, p - f - 2 rows: as that code is written."""
     rows, p, f = random_rows(11, 30), 11, 3

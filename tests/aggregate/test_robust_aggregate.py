@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dashpot.aggregate._rows import as_rows
-from dashpot.aggregate._rules import RULES, make_rule
+from dashpot.aggregate._rules import make_rule
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,10 +30,6 @@ OPTIONS = {  # each rule, for 11 workers
     "bulyan": F2,
 }
 FUNCTIONS = {"flag": "flag_aggregate"}
-
-
-def test_every_rule_is_here():
-    assert set(OPTIONS) == set(RULES)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -72,6 +72,16 @@ def fsdp_every_rule_of_two(rank, p):
         fsdp_step(rank, p, rule, options, "none")
 
 
+@check("fsdp_of_two")
+def fsdp_attacks_of_two(rank, p):
+    """ALIE needs a deviation of honest rows; a flipped sign leaves nothing of two rows, of which
+    `flag` sees the direction alone."""
+    for attack in ("NaN", "inf"):
+        fsdp_step(rank, p, "flag", {"output": "rescaled"}, attack)
+    for attack in ("NaN", "inf", "scaled"):
+        fsdp_step(rank, p, "geometric_median", {}, attack)
+
+
 class _Substitute(torch.autograd.Function):
     """The parameter; its gradient is `sent`."""
 

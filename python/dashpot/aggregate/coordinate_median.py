@@ -5,15 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dashpot._arrays import public
-from dashpot._dispatch import chain
 from dashpot.aggregate._rows import Grads
-from dashpot.aggregate.coordinate_rules import (
-    COORDINATE_RULES,
-    RULE_SIZES,
-    one_rule,
-    rule_floor,
-    rule_inputs,
-)
+from dashpot.aggregate.coordinate_rules import one_rule, rule_chain, rule_inputs
 
 
 @public
@@ -47,11 +40,4 @@ def coordinate_median(
     return one_rule(grads, "lower_median" if lower else "median", 0, out=out)
 
 
-COORDINATE_MEDIAN = chain(
-    "coordinate_median",
-    coordinate_median,
-    (COORDINATE_RULES,),
-    inputs=lambda *args: rule_inputs(*args)[:1],
-    floor=rule_floor,
-    sizes=RULE_SIZES,
-)
+COORDINATE_MEDIAN = rule_chain(coordinate_median, lambda *args: rule_inputs(*args)[:1])

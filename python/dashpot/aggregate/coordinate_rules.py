@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dashpot._arrays import public
-from dashpot._dispatch import declare
+from dashpot._dispatch import Chain, chain, declare
 from dashpot.aggregate._rows import (
     CHUNK,
     ROW_SIZES,
@@ -256,6 +256,13 @@ def one_rule(grads: Grads, rule: str, f: int, *, mask=None, count=None, out=None
     return out
 
 
+def trimming_rule(grads: Grads, rule: str, f: int, out=None):
+    """A single rule that leaves out f workers' values, f as the user gave it."""
+    rows = as_rows(grads)
+    check_f(f, rows.p)
+    return one_rule(grads, rule, f, out=out, rows=rows)
+
+
 def check_f(f, p: int) -> None:
     """0 <= 2 f < p."""
     if not isinstance(f, int) or isinstance(f, bool):
@@ -306,3 +313,15 @@ RULE_SIZES = {
     "test": [(2, 1), (5, 64), (15, 300), (33, 140), ("lists", 7, 33, 5, 600)],
     "bench": ROW_SIZES["bench"],
 }
+
+
+def rule_chain(function: Callable, inputs: Callable = rule_inputs) -> Chain:
+    """The function of a single rule, in the registry under its name."""
+    return chain(
+        function.__name__,
+        function,
+        (COORDINATE_RULES,),
+        inputs=inputs,
+        floor=rule_floor,
+        sizes=RULE_SIZES,
+    )

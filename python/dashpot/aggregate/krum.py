@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot._dispatch import chain
-from dashpot.aggregate._mixing import Geometry
 from dashpot.aggregate._rows import Grads
-from dashpot.aggregate._rules import Rule, rule
+from dashpot.aggregate._rules import rule
 from dashpot.aggregate.combine import COMBINE
-from dashpot.aggregate.krum_coeffs import KRUM_COEFFS, check_krum, krum_sizes
-from dashpot.aggregate.multi_krum import SELECTION_SIZES, selection_floor, selection_inputs
+from dashpot.aggregate.krum_coeffs import KRUM_COEFFS
+from dashpot.aggregate.multi_krum import (
+    SELECTION_SIZES,
+    ByScores,
+    selection_floor,
+    selection_inputs,
+)
 from dashpot.aggregate.pairwise_sqdist import PAIRWISE_SQDIST
 
 
 @rule("krum")
-class Krum(Rule):
+class Krum(ByScores):
     f: int
+    k: ClassVar[int] = 1
     neighbours: int | None = None
     squared: bool = True
-
-    def check(self) -> None:
-        check_krum(self.f, 1, self.neighbours, self.squared)
-
-    def check_workers(self, p: int) -> None:
-        krum_sizes(p, self.f, 1, self.neighbours)
-
-    def coeffs(self, geometry: Geometry, p: int) -> Tensor:
-        sizes = krum_sizes(p, self.f, 1, self.neighbours)
-        return KRUM_COEFFS(geometry.sqdist, *sizes, self.squared)[0]
 
 
 @public

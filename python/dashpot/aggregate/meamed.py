@@ -5,16 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dashpot._arrays import public
-from dashpot._dispatch import chain
-from dashpot.aggregate._rows import Grads, as_rows
-from dashpot.aggregate.coordinate_rules import (
-    COORDINATE_RULES,
-    RULE_SIZES,
-    check_f,
-    one_rule,
-    rule_floor,
-    rule_inputs,
-)
+from dashpot.aggregate._rows import Grads
+from dashpot.aggregate.coordinate_rules import rule_chain, trimming_rule
 
 
 @public
@@ -41,16 +33,7 @@ def meamed(
 
     Source: Generalized Byzantine-tolerant SGD, arXiv 1802.10116.
     """
-    rows = as_rows(grads)
-    check_f(f, rows.p)
-    return one_rule(grads, "meamed", f, out=out, rows=rows)
+    return trimming_rule(grads, "meamed", f, out)
 
 
-MEAMED = chain(
-    "meamed",
-    meamed,
-    (COORDINATE_RULES,),
-    inputs=rule_inputs,
-    floor=rule_floor,
-    sizes=RULE_SIZES,
-)
+MEAMED = rule_chain(meamed)

@@ -16,12 +16,8 @@ from dashpot.aggregate.krum_coeffs import KRUM_COEFFS, check_krum, krum_sizes
 from dashpot.aggregate.pairwise_sqdist import PAIRWISE_SQDIST
 
 
-@rule("multi_krum")
-class MultiKrum(Rule):
-    f: int
-    k: int | None = None
-    neighbours: int | None = None
-    squared: bool = True
+class ByScores(Rule):
+    """Krum and Multi-Krum: the k rows of least score."""
 
     def check(self) -> None:
         check_krum(self.f, self.k, self.neighbours, self.squared)
@@ -32,6 +28,14 @@ class MultiKrum(Rule):
     def coeffs(self, geometry: Geometry, p: int) -> Tensor:
         sizes = krum_sizes(p, self.f, self.k, self.neighbours)
         return KRUM_COEFFS(geometry.sqdist, *sizes, self.squared)[0]
+
+
+@rule("multi_krum")
+class MultiKrum(ByScores):
+    f: int
+    k: int | None = None
+    neighbours: int | None = None
+    squared: bool = True
 
 
 @public

@@ -5,16 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from dashpot._arrays import public
-from dashpot._dispatch import chain
-from dashpot.aggregate._rows import Grads, as_rows
-from dashpot.aggregate.coordinate_rules import (
-    COORDINATE_RULES,
-    RULE_SIZES,
-    check_f,
-    one_rule,
-    rule_floor,
-    rule_inputs,
-)
+from dashpot.aggregate._rows import Grads
+from dashpot.aggregate.coordinate_rules import rule_chain, trimming_rule
 
 
 @public
@@ -42,16 +34,7 @@ def trimmed_mean(
     Source: Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates,
     arXiv 1803.01498.
     """
-    rows = as_rows(grads)
-    check_f(f, rows.p)
-    return one_rule(grads, "trimmed_mean", f, out=out, rows=rows)
+    return trimming_rule(grads, "trimmed_mean", f, out)
 
 
-TRIMMED_MEAN = chain(
-    "trimmed_mean",
-    trimmed_mean,
-    (COORDINATE_RULES,),
-    inputs=rule_inputs,
-    floor=rule_floor,
-    sizes=RULE_SIZES,
-)
+TRIMMED_MEAN = rule_chain(trimmed_mean)
