@@ -25,7 +25,7 @@ def test_clip_loss(peers, views, bias):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="local_loss and gather_with_grad: .*False and False"):
+    with pytest.raises(ValueError, match=r"local_loss and gather_with_grad: .*False and False"):
         ClipLoss(world_size=2)
     with pytest.raises(ValueError, match="use_horovod: expected False, got True"):
         ClipLoss(use_horovod=True)

@@ -146,7 +146,7 @@ class _NtXentBlock:
 
 
 class _Ring(torch.autograd.Function):
-    """Losses of the rows (V, B, D), keys (V, B, D) and their ids (B,) going round block by block."""
+    """Losses of the rows (V, B, D), keys (V, B, D) and their ids (B,) going round in blocks."""
 
     @staticmethod
     def forward(ctx, rows, keys, scale: Tensor | None, ids: Tensor, block, group):

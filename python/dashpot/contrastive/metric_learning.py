@@ -41,8 +41,10 @@ class _PairLoss(nn.Module):
         if collect_stats:
             raise ValueError(f"collect_stats: expected False, got {collect_stats!r}")
 
-    def forward(self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple=None,
-                ref_emb: Tensor | None = None, ref_labels: Tensor | None = None) -> Tensor:  # fmt: skip
+    def forward(
+        self, embeddings: Tensor, labels: Tensor | None = None, indices_tuple=None,
+        ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """embeddings (B, D), labels (B,), ref_emb (N, D), ref_labels (N,) -> loss ()"""
         check_rows(embeddings, "embeddings")
         if indices_tuple is not None:
