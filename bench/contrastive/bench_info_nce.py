@@ -3,7 +3,7 @@ loss, plain PyTorch, torch.compile, and (on a GPU, where it is installed) Inf-CL
 batches are those of the CLIP loss.
 
 pytorch-metric-learning forms an index list of all pairs and a matrix (positive pairs, negative
-pairs): B^3 numbers, so it is listed at B = 65 only, and computes NT-Xent there.
+pairs): B^3 numbers, so it is listed up to B = 257, and computes NT-Xent there.
 """
 
 import torch
@@ -63,7 +63,7 @@ PEERS = {
     ),  # a mean, not rows
     "pytorch-metric-learning": Peer(
         metric_learning,
-        lambda size, *_: size[0] <= 65 and peers.has("pytorch_metric_learning"),
+        lambda size, *_: size[0] <= 257 and peers.has("pytorch_metric_learning"),
         checked=False,
     ),
     "Inf-CL": Peer(
