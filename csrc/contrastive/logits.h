@@ -46,9 +46,9 @@ struct Tile {
   const Code<Work>* column_codes;  // (padded columns,)
 };
 
-// 1 where a comparison holds, else 0. Conditions on a vector are combined by adding these up: GCC 12
-// takes `&` and `|` of comparisons, and one selection inside another, apart number by number where
-// the vectors have 512 bits.
+// 1 where a comparison holds, else 0. Conditions on a vector are combined by adding these up: GCC
+// 12 takes `&` and `|` of comparisons, and one selection inside another, apart number by number
+// where the vectors have 512 bits.
 template <class Int, class Condition>
 DASHPOT_INLINE Int ones(Condition condition) {
   return condition ? Int{} + 1 : Int{};

@@ -132,8 +132,8 @@ std::array<double, 2> cosines_at(const Sweep<Work>& sweep, const std::vector<int
           }
         };
         const int64_t columns = sweep.rows.height(j);
-        const auto [same, beyond] = sweep.alike_columns(
-            sweep.classes[sweep.rows.begin(i) + a], column, first(a), columns);
+        const auto [same, beyond] =
+            sweep.alike_columns(sweep.classes[sweep.rows.begin(i) + a], column, first(a), columns);
         count(first(a), same);
         count(beyond, columns);
       }
