@@ -52,6 +52,10 @@ def products(z, groups, *_):
 
 PEERS = {
     "published": Peer(published, lambda size, *_: size[-2] <= 2048),
+    "torch.compile": Peer(
+        torch.compile(published, dynamic=False),
+        lambda size, dtype, device, options: device == "cuda" and size[-2] <= 2048,
+    ),
     "products": Peer(products, lambda size, *_: size[-2] <= 2048, checked=False),
 }
 

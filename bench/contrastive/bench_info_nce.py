@@ -3,7 +3,7 @@ loss, plain PyTorch, torch.compile, and (on a GPU, where it is installed) Inf-CL
 batches are those of the CLIP loss.
 
 pytorch-metric-learning forms an index list of all pairs and a matrix (positive pairs, negative
-pairs): B^3 numbers, so it is listed at B = 65 only, and computes NT-Xent there.
+pairs): B^3 numbers, so it is listed up to B = 257, and computes NT-Xent there.
 """
 
 import torch
@@ -15,6 +15,13 @@ from bench import peers
 OP = "info_nce"
 SIZES = {torch.float32: [(65, 128), (257, 128), (4097, 128)], torch.bfloat16: [(4097, 128)]}
 GRADIENT = (0, 1, 3)
+
+
+def FLOOR(query, key, *_):
+    """Rows in, gradients out; logits once forward and once backward, and a product for each side.
+    Both directions share them."""
+    rows = query.numel() + key.numel()
+    return 2 * rows * query.element_size(), 8 * query.numel() * key.shape[0]
 
 
 def plain(query, key, positives, logit_scale, *_):
@@ -63,7 +70,7 @@ PEERS = {
     ),  # a mean, not rows
     "pytorch-metric-learning": Peer(
         metric_learning,
-        lambda size, *_: size[0] <= 65 and peers.has("pytorch_metric_learning"),
+        lambda size, *_: size[0] <= 257 and peers.has("pytorch_metric_learning"),
         checked=False,
     ),
     "Inf-CL": Peer(

@@ -5,7 +5,7 @@ import torch
 from dashpot._measure import Peer
 
 OP = "opis"
-SIZES = {torch.float32: [(1000, 128), (10_000, 128), (10_001, 128)]}
+SIZES = {torch.float32: [("signs", n, 128) for n in (1000, 10_000, 10_001)]}
 
 
 def by_class(embeddings, classes, num_classes, d_range, ranks, num_thresholds, euclidean):

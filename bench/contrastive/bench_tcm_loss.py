@@ -33,6 +33,10 @@ def matrix(embeddings, labels, ref, ref_labels, offset, m_pos, m_neg, w_pos, w_n
 
 PEERS = {
     "matrix": Peer(matrix, lambda size, *_: size[0] <= 2048),
+    "torch.compile": Peer(
+        torch.compile(matrix, dynamic=False),
+        lambda size, dtype, device, options: device == "cuda" and size[0] <= 2048,
+    ),
     "pytorch-metric-learning": Peer(
         metric_learning,
         lambda size, *_: size[0] <= 512 and peers.has("pytorch_metric_learning"),

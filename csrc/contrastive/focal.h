@@ -73,6 +73,20 @@ DASHPOT_INLINE Focused<Work, isa> focused(Vec<Work, isa> x, Work gamma) {
   return {power * x, p * rise * x - power};
 }
 
+// Which columns of a vector are positives of a row.
+template <class Work, Isa isa>
+struct Live {
+  IntVec<Work, isa> column;
+  Code<Work> low, high, self;
+
+  // value at the positives, else 0
+  DASHPOT_INLINE Vec<Work, isa> of(Vec<Work, isa> value) const {
+    using Int = IntVec<Work, isa>;
+    const Int out = ones<Int>(column < low) + ones<Int>(column >= high) + ones<Int>(column == self);
+    return out == 0 ? value : Vec<Work, isa>{};
+  }
+};
+
 // Calls step(row, column, live) for vectors of columns that hold a positive of a row.
 template <class Work, Isa isa, class Step>
 DASHPOT_INLINE void for_positives(const Positives<Work>& at, const Step& step) {
@@ -84,10 +98,9 @@ DASHPOT_INLINE void for_positives(const Positives<Work>& at, const Step& step) {
     const int64_t high = std::min(at.last[i] - at.column_begin, at.columns);
     const auto self = static_cast<Code<Work>>(at.row_begin + i - at.column_begin);
     for (int64_t j = low / kStep * kStep; j < high; j += kStep) {
-      const IntVec<Work, isa> column = lanes + static_cast<Code<Work>>(j);
-      const IntVec<Work, isa> live = (column >= static_cast<Code<Work>>(low)) &
-                                     (column < static_cast<Code<Work>>(high)) & (column != self);
-      step(i, j, live);
+      step(i, j,
+           Live<Work, isa>{lanes + static_cast<Code<Work>>(j), static_cast<Code<Work>>(low),
+                           static_cast<Code<Work>>(high), self});
     }
   }
 }
@@ -100,19 +113,18 @@ struct AddFocalTerms {
                                  double* row_loss, double* row_pull, const Work* column_lse,
                                  double* column_loss, double* column_pull) {
     const Positives<Work> at = *positives;
-    const Vec<Work, isa> zero{};
     alignas(64) Work losses[kMaxPanel] = {}, pulls[kMaxPanel] = {};
     for_positives<Work, isa>(
-        at, [&](int64_t i, int64_t j, IntVec<Work, isa> live) __attribute__((always_inline)) {
+        at, [&](int64_t i, int64_t j, const Live<Work, isa>& live) __attribute__((always_inline)) {
           const Vec<Work, isa> s = load<Work, isa>(at.s + i * at.stride + j) * at.c;
           const Focused<Work, isa> own = focused<Work, isa, focus>(s - row_lse[i], at.gamma);
-          row_loss[i] += sum_lanes<Work, isa>(live ? own.value : zero);
-          row_pull[i] += sum_lanes<Work, isa>(live ? own.slope : zero);
+          row_loss[i] += sum_lanes<Work, isa>(live.of(own.value));
+          row_pull[i] += sum_lanes<Work, isa>(live.of(own.slope));
           if (column_lse == nullptr) return;
           const Focused<Work, isa> other =
               focused<Work, isa, focus>(s - load<Work, isa>(column_lse + j), at.gamma);
-          store<Work, isa>(losses + j, load<Work, isa>(losses + j) + (live ? other.value : zero));
-          store<Work, isa>(pulls + j, load<Work, isa>(pulls + j) + (live ? other.slope : zero));
+          store<Work, isa>(losses + j, load<Work, isa>(losses + j) + live.of(other.value));
+          store<Work, isa>(pulls + j, load<Work, isa>(pulls + j) + live.of(other.slope));
         });
     if (column_lse == nullptr) return;
     for (int64_t j = 0; j < at.columns; ++j) {
@@ -130,9 +142,8 @@ struct AddFocalWeights {
                                  const Work* row_weight, const Work* column_lse,
                                  const Work* column_weight, Work* weights) {
     const Positives<Work> at = *positives;
-    const Vec<Work, isa> zero{};
     for_positives<Work, isa>(
-        at, [&](int64_t i, int64_t j, IntVec<Work, isa> live) __attribute__((always_inline)) {
+        at, [&](int64_t i, int64_t j, const Live<Work, isa>& live) __attribute__((always_inline)) {
           const Vec<Work, isa> s = load<Work, isa>(at.s + i * at.stride + j) * at.c;
           const Vec<Work, isa> own = focused<Work, isa, focus>(s - row_lse[i], at.gamma).slope;
           const Vec<Work, isa> other =
@@ -140,7 +151,7 @@ struct AddFocalWeights {
           const Vec<Work, isa> sum =
               at.c * (row_weight[i] * own + load<Work, isa>(column_weight + j) * other);
           Work* to = weights + i * at.stride + j;
-          store<Work, isa>(to, load<Work, isa>(to) + (live ? sum : zero));
+          store<Work, isa>(to, load<Work, isa>(to) + live.of(sum));
         });
   }
 };

@@ -42,9 +42,10 @@ struct LeastVec {
   IntVec<Work, isa> place;
 
   DASHPOT_INLINE void offer(Vec<Work, isa> candidate, IntVec<Work, isa> at) {
-    const IntVec<Work, isa> better = (candidate < value) | ((candidate == value) & (at < place));
-    value = better ? candidate : value;
-    place = better ? at : place;
+    const IntVec<Work, isa> lower = at < place ? at : place;
+    const IntVec<Work, isa> if_equal = candidate == value ? lower : place;
+    place = candidate < value ? at : if_equal;
+    value = candidate < value ? candidate : value;
   }
 };
 
@@ -69,11 +70,13 @@ struct Search {
         const Vec<Work, isa> c = load<Work, isa>(at.s + i * at.stride + j);
         const IntVec<Work, isa> codes = load<Code<Work>, isa>(at.column_codes + j);
         const IntVec<Work, isa> place = lanes + (column_begin + static_cast<Code<Work>>(j));
-        const IntVec<Work, isa> same = codes == at.row_codes[i];
-        const IntVec<Work, isa> padding = codes == Code<Work>(kNoColumn);
+        const Code<Work> own = at.row_codes[i], padding = Code<Work>(kNoColumn);
         const Vec<Work, isa> nothing = Vec<Work, isa>{} + std::numeric_limits<Work>::infinity();
-        const Vec<Work, isa> if_pos = padding ? nothing : same & (place != row) ? c : none;
-        const Vec<Work, isa> if_neg = padding ? nothing : same ? none : -c;
+        const IntVec<Work, isa> not_pos =
+            ones<IntVec<Work, isa>>(place == row) + ones<IntVec<Work, isa>>(codes != own);
+        Vec<Work, isa> if_pos = not_pos == 0 ? c : none, if_neg = codes == own ? none : -c;
+        if_pos = codes == padding ? nothing : if_pos;
+        if_neg = codes == padding ? nothing : if_neg;
         row_pos.offer(if_pos, place);
         row_neg.offer(if_neg, place);
         if (diagonal) continue;

@@ -46,14 +46,25 @@ struct Tile {
   const Code<Work>* column_codes;  // (padded columns,)
 };
 
+// 1 where a comparison holds, else 0. Conditions on a vector are combined by adding these up: GCC
+// 12 takes `&` and `|` of comparisons, and one selection inside another, apart number by number
+// where the vectors have 512 bits.
+template <class Int, class Condition>
+DASHPOT_INLINE Int ones(Condition condition) {
+  return condition ? Int{} + 1 : Int{};
+}
+
+// value where the pair is kept, else `otherwise`.
 template <class Work, Isa isa, bool all>
-DASHPOT_INLINE Vec<Work, isa> kept(Vec<Work, isa> value, const Code<Work>* codes, Code<Work> row) {
+DASHPOT_INLINE Vec<Work, isa> kept(Vec<Work, isa> value, const Code<Work>* codes, Code<Work> row,
+                                   Vec<Work, isa> otherwise = Vec<Work, isa>{}) {
   if constexpr (all) {
     return value;
   } else {
     const IntVec<Work, isa> code = load<Code<Work>, isa>(codes);
-    const IntVec<Work, isa> drop = (code == row) | (code == Code<Work>(kNoColumn));
-    return drop ? Vec<Work, isa>{} : value;
+    const IntVec<Work, isa> drop = ones<IntVec<Work, isa>>(code == row) +
+                                   ones<IntVec<Work, isa>>(code == Code<Work>(kNoColumn));
+    return drop == 0 ? value : otherwise;
   }
 }
 
@@ -134,9 +145,8 @@ struct AddExponentialsWide {
       const Work* s = tile.s + i * tile.stride;
       Vec<Work, isa> highest = least;
       for (int64_t j = 0; j < tile.columns; j += kStep) {
-        const IntVec<Work, isa> code = load<Code<Work>, isa>(tile.column_codes + j);
-        const IntVec<Work, isa> drop = (code == code_of(tile, i)) | (code == Code<Work>(kNoColumn));
-        const Vec<Work, isa> x = drop ? least : load<Work, isa>(s + j) * c;
+        const Vec<Work, isa> x = kept<Work, isa, false>(
+            load<Work, isa>(s + j) * c, tile.column_codes + j, code_of(tile, i), least);
         highest = x > highest ? x : highest;
         const Vec<Work, isa> old = load<Work, isa>(most + j);
         store<Work, isa>(most + j, x > old ? x : old);

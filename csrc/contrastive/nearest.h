@@ -3,8 +3,9 @@
 //   n_k(i) = the k-th largest u_i.v_j, j != i, the lowest j among equals
 //   loss_i = -(1/K) sum_k log(|u_i - v_n_k(i) + eps| + eps)
 //
-// A tile's rows and columns have one maximum each; only where that reaches the row's K-th best so
-// far (seldom, after the first tiles) is the row read again for its candidates.
+// A tile's rows and columns have one maximum each, found with its place. For K > 1 it only tells
+// whether the row holds anything for the K best so far (seldom, after the first tiles): then the
+// row is read again for its candidates.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +23,7 @@ class Best {
   Best(int64_t rows, int64_t k)
       : k_(k), value_(rows * k, -std::numeric_limits<Work>::infinity()), index_(rows * k, -1) {}
 
+  int64_t k() const { return k_; }
   Work least(int64_t i) const { return value_[i * k_ + k_ - 1]; }
   int64_t index(int64_t i, int64_t k) const { return index_[i * k_ + k]; }
 
@@ -47,32 +49,48 @@ class Best {
   std::vector<int64_t> index_;
 };
 
-// row_most_i = max_j s_ij, column_most_j = max_i s_ij; columns a multiple of the vectors' width.
+// The largest numbers of a tile's rows or columns and where they stand, the first among equals.
 template <class Work>
-struct Maxima {
+struct Peaks {
+  alignas(64) Work value[kMaxPanel];
+  alignas(64) Code<Work> place[kMaxPanel];
+};
+
+// columns are read in whole vectors, also those beyond the last.
+template <class Work>
+struct FindPeaks {
   template <Isa isa>
-  static DASHPOT_INLINE void run(const Tile<Work>* at, Work* row_most, Work* column_most) {
+  static DASHPOT_INLINE void run(const Tile<Work>* at, Peaks<Work>* rows, Peaks<Work>* columns) {
     constexpr int kStep = kLanes<Work, isa>;
+    using Places = IntVec<Work, isa>;
     const Tile<Work> tile = *at;
     const Vec<Work, isa> least = Vec<Work, isa>{} - std::numeric_limits<Work>::infinity();
-    for (int64_t j = 0; j < tile.stride; j += kStep) store<Work, isa>(column_most + j, least);
+    Places lanes{};
+    for (int i = 0; i < kStep; ++i) lanes[i] = i;
+    for (int64_t j = 0; j < tile.stride; j += kStep) store<Work, isa>(columns->value + j, least);
     for (int64_t i = 0; i < tile.rows; ++i) {
       const Work* s = tile.s + i * tile.stride;
+      const Places row = Places{} + static_cast<Code<Work>>(i);
       Vec<Work, isa> most = least;
+      Places where{};
       for (int64_t j = 0; j < tile.columns; j += kStep) {
         const Vec<Work, isa> x = load<Work, isa>(s + j);
-        const Vec<Work, isa> old = load<Work, isa>(column_most + j);
+        const Vec<Work, isa> old = load<Work, isa>(columns->value + j);
+        const Places old_row = load<Code<Work>, isa>(columns->place + j);
+        where = x > most ? lanes + static_cast<Code<Work>>(j) : where;
         most = x > most ? x : most;
-        store<Work, isa>(column_most + j, x > old ? x : old);
+        store<Code<Work>, isa>(columns->place + j, x > old ? row : old_row);
+        store<Work, isa>(columns->value + j, x > old ? x : old);
       }
-      Work lanes[kStep];
-      store<Work, isa>(lanes, most);
-      for (int half = kStep / 2; half > 0; half /= 2) {
-        for (int lane = 0; lane < half; ++lane) {
-          lanes[lane] = lanes[lane] > lanes[lane + half] ? lanes[lane] : lanes[lane + half];
-        }
+      Work value = most[0];
+      Code<Work> place = where[0];
+      for (int lane = 1; lane < kStep; ++lane) {
+        const bool better = most[lane] > value || (most[lane] == value && where[lane] < place);
+        value = better ? most[lane] : value;
+        place = better ? where[lane] : place;
       }
-      row_most[i] = lanes[0];
+      rows->value[i] = value;
+      rows->place[i] = place;
     }
   }
 };
@@ -90,17 +108,25 @@ void offer_tile(const Tile<Work>& tile, int64_t first_row, int64_t first_key, in
     const int64_t own = first_row + i + self - first_key;
     if (own >= 0 && own < tile.columns) s[own] = kLeast;
   }
-  alignas(64) Work row_most[kMaxPanel], column_most[kMaxPanel];
-  run_on_isa<Maxima<Work>>(&tile, static_cast<Work*>(row_most), static_cast<Work*>(column_most));
+  Peaks<Work> rows, columns;
+  run_on_isa<FindPeaks<Work>>(&tile, &rows, &columns);
   for (int64_t i = 0; i < tile.rows; ++i) {
-    if (!(row_most[i] >= row_best.least(first_row + i))) continue;
+    if (!(rows.value[i] >= row_best.least(first_row + i))) continue;
+    if (row_best.k() == 1) {
+      row_best.offer(first_row + i, rows.value[i], first_key + rows.place[i]);
+      continue;
+    }
     const Work* s = tile.s + i * tile.stride;
     for (int64_t j = 0; j < tile.columns; ++j) {
       if (s[j] >= row_best.least(first_row + i)) row_best.offer(first_row + i, s[j], first_key + j);
     }
   }
   for (int64_t j = 0; column_best && j < tile.columns; ++j) {
-    if (!(column_most[j] >= column_best->least(first_key + j))) continue;
+    if (!(columns.value[j] >= column_best->least(first_key + j))) continue;
+    if (column_best->k() == 1) {
+      column_best->offer(first_key + j, columns.value[j], first_row + columns.place[j]);
+      continue;
+    }
     for (int64_t i = 0; i < tile.rows; ++i) {
       const Work value = tile.s[i * tile.stride + j];
       if (value >= column_best->least(first_key + j)) {

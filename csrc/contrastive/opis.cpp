@@ -4,7 +4,7 @@
 // Rows are ordered by class, so a panel of rows meets few classes. A sweep over the tiles on and
 // above the diagonal puts each pair into the interval between two thresholds: the interval is
 // guessed from the distance and then compared with the cosines at its ends, so counts at thresholds
-// are exact. A tile counts into a table of its own (classes of its two panels by T + 1), which then
+// are exact. A tile counts into a table of its own (classes of its two panels by T), which then
 // goes to the common one by integer atomics: sums of integers have no order.
 //
 // The range by ranks: impostor cosines are chosen exactly, 16 bits of their ordered representation
@@ -83,7 +83,13 @@ class Sweep {
     });
   }
 
-  bool alike(int32_t a, int32_t b) const { return a == b && a < num_classes; }
+  // Which of the columns begin..end have the class `own`: they lie side by side.
+  std::pair<int64_t, int64_t> alike_columns(int32_t own, const int32_t* column, int64_t begin,
+                                            int64_t end) const {
+    if (own >= num_classes) return {end, end};
+    const auto [low, high] = std::equal_range(column + begin, column + end, own);
+    return {low - column, high - column};
+  }
 
  private:
   template <class In>
@@ -111,15 +117,25 @@ std::array<double, 2> cosines_at(const Sweep<Work>& sweep, const std::vector<int
       int64_t* table = counts[omp_get_thread_num()].data();
       const int32_t* column = sweep.classes.data() + sweep.rows.begin(j);
       for (int64_t a = 0; a < sweep.rows.height(i); ++a) {
-        const int32_t own = sweep.classes[sweep.rows.begin(i) + a];
-        for (int64_t b = first(a); b < sweep.rows.height(j); ++b) {
-          if (sweep.alike(own, column[b])) continue;
-          const Bits key = Key<Work>::of(s[a * sweep.rows.panel + b]);
-          const Bits digit = (key >> shift) & (kBins - 1);
-          for (int t = 0; t < tables; ++t) {
-            if (done == 0 || key >> (shift + kDigit) == found[t]) ++table[t * kBins + digit];
+        const Work* cosines = s + a * sweep.rows.panel;
+        const auto count = [&](int64_t begin, int64_t end) {
+          for (int64_t b = begin; b < end; ++b) {
+            const Bits key = Key<Work>::of(cosines[b]);
+            const Bits digit = (key >> shift) & (kBins - 1);
+            if (done == 0) {
+              ++table[digit];
+              continue;
+            }
+            for (int t = 0; t < tables; ++t) {
+              if (key >> (shift + kDigit) == found[t]) ++table[t * kBins + digit];
+            }
           }
-        }
+        };
+        const int64_t columns = sweep.rows.height(j);
+        const auto [same, beyond] =
+            sweep.alike_columns(sweep.classes[sweep.rows.begin(i) + a], column, first(a), columns);
+        count(first(a), same);
+        count(beyond, columns);
       }
     });
     std::array<Bits, 2> longer{};
@@ -167,49 +183,33 @@ Grid grid_of(std::array<double, 2> ends, int64_t count, bool euclidean,
   return grid;
 }
 
-// For columns of a row of cosines: the number of thresholds that are nearer, up to one too many or
-// too few.
-template <class Work>
-struct Guess {
-  template <Isa isa>
-  static DASHPOT_INLINE void run(const Work* s, int64_t columns, bool euclidean, Work start,
-                                 Work scale, int64_t count, Code<Work>* out) {
-    const Vec<Work, isa> zero{};
-    for (int64_t j = 0; j < columns; j += kLanes<Work, isa>) {
-      Vec<Work, isa> d = Work(1) - load<Work, isa>(s + j);
-      if (euclidean) {
-        d = d + d;
-        d = d > zero ? d : zero;
-        for (int i = 0; i < kLanes<Work, isa>; ++i) d[i] = std::sqrt(d[i]);
-      }
-      Vec<Work, isa> at = (d - start) * scale;
-      const Vec<Work, isa> most = zero + static_cast<Work>(count);
-      at = at > zero ? at : zero;  // NaN as 0
-      at = at < most ? at : most;
-      store<Code<Work>, isa>(out + j, __builtin_convertvector(at, IntVec<Work, isa>));
-    }
-  }
-};
-
-// Pairs by class and interval, (C, T + 1) each; interval T is beyond the last threshold.
+// Pairs by class and interval, (C, T) each: most pairs lie beyond the last threshold, and only the
+// others are looked at one by one. Their list is written without branches: which pairs are on it
+// cannot be predicted.
 template <class Work>
 void count_pairs(const Sweep<Work>& sweep, const Grid& grid, int64_t* genuine, int64_t* impostor) {
-  const int64_t count = static_cast<int64_t>(grid.cosine.size()), width = count + 1;
+  const int64_t width = static_cast<int64_t>(grid.cosine.size());
   // bound[k] > s >= bound[k + 1]: interval k. In Work, so that comparing is exact: a cosine in Work
   // is at least a threshold iff it is at least the next number of Work above it.
-  std::vector<Work> bound(width + 2);
+  std::vector<Work> bound(width + 1);
   bound.front() = std::numeric_limits<Work>::infinity();
-  for (int64_t k = 0; k < count; ++k) {
+  for (int64_t k = 0; k < width; ++k) {
     Work at = static_cast<Work>(grid.cosine[k]);
     if (static_cast<double>(at) < grid.cosine[k]) {
       at = std::nextafter(at, std::numeric_limits<Work>::infinity());
     }
     bound[k + 1] = at;
   }
-  bound[count + 1] = -std::numeric_limits<Work>::infinity();
   const double span = grid.distance.back() - grid.distance.front();
   const Work start = static_cast<Work>(grid.distance.front());
-  const Work scale = static_cast<Work>(span > 0 ? static_cast<double>(count - 1) / span : 0.0);
+  const Work scale = static_cast<Work>(span > 0 ? static_cast<double>(width - 1) / span : 0.0);
+  // The number of thresholds that are nearer, up to a few too many or too few.
+  const auto guess = [&](Work cosine) {
+    Work d = Work(1) - cosine;
+    if (grid.euclidean) d = std::sqrt(std::max(d + d, Work(0)));
+    const Work at = (d - start) * scale;
+    return static_cast<int64_t>(std::min(std::max(at, Work(0)), static_cast<Work>(width - 1)));
+  };
   sweep.for_tiles([&](int64_t i, int64_t j, const Work* s, auto first) {
     const int32_t* row = sweep.classes.data() + sweep.rows.begin(i);
     const int32_t* column = sweep.classes.data() + sweep.rows.begin(j);
@@ -222,18 +222,23 @@ void count_pairs(const Sweep<Work>& sweep, const Grid& grid, int64_t* genuine, i
     int32_t* by_row = table.data();
     int32_t* inside = by_row + row_classes * width;
     int32_t* by_column = inside + row_classes * width;
-    alignas(64) Code<Work> guess[kMaxPanel];
+    int32_t near[kMaxPanel];
     for (int64_t a = 0; a < height; ++a) {
       const Work* cosines = s + a * sweep.rows.panel;
-      run_on_isa<Guess<Work>>(cosines, columns, grid.euclidean, start, scale, count,
-                              static_cast<Code<Work>*>(guess));
+      int64_t listed = 0;
+      for (int64_t b = first(a); b < columns; ++b) {
+        near[listed] = static_cast<int32_t>(b);
+        listed += cosines[b] >= bound[width];
+      }
+      const auto [same, beyond] = sweep.alike_columns(row[a], column, first(a), columns);
       int32_t* own_row = by_row + (row[a] - row_class) * width;
       int32_t* own_inside = inside + (row[a] - row_class) * width;
-      for (int64_t b = first(a); b < columns; ++b) {
-        int64_t k = guess[b];
+      for (int64_t at = 0; at < listed; ++at) {
+        const int64_t b = near[at];
+        int64_t k = guess(cosines[b]);
         while (cosines[b] >= bound[k]) --k;
         while (cosines[b] < bound[k + 1]) ++k;
-        if (sweep.alike(row[a], column[b])) {
+        if (b >= same && b < beyond) {
           ++own_inside[k];
         } else {
           ++own_row[k];
@@ -283,14 +288,14 @@ std::tuple<Tensor, Tensor, Tensor> opis_forward(const Tensor& embeddings, const 
       grid = grid_of({distance_of(exact[0], euclidean), distance_of(exact[1], euclidean)}, count,
                      euclidean, &exact);
     }
-    std::vector<int64_t> inside(num_classes * (count + 1), 0), across(inside);
+    std::vector<int64_t> inside(num_classes * count, 0), across(inside);
     count_pairs(sweep, grid, inside.data(), across.data());
     std::copy(grid.distance.begin(), grid.distance.end(), out.as<double>());
     for (int64_t c = 0; c < num_classes; ++c) {
       int64_t within = 0, strangers = 0;
       for (int64_t k = 0; k < count; ++k) {
-        genuine.as<int64_t>()[c * count + k] = within += inside[c * (count + 1) + k];
-        impostor.as<int64_t>()[c * count + k] = strangers += across[c * (count + 1) + k];
+        genuine.as<int64_t>()[c * count + k] = within += inside[c * count + k];
+        impostor.as<int64_t>()[c * count + k] = strangers += across[c * count + k];
       }
     }
   });

@@ -30,12 +30,23 @@ struct Hard {
 // Which columns of a vector are in S+ and S-.
 template <class Work, Isa isa>
 struct Sets {
-  IntVec<Work, isa> pos, neg;
-  DASHPOT_INLINE Sets(Vec<Work, isa> s, IntVec<Work, isa> codes, Code<Work> row, Work margin_pos,
+  using Int = IntVec<Work, isa>;
+  Int not_pos, not_neg;  // 0 in the set
+
+  DASHPOT_INLINE Sets(Vec<Work, isa> s, Int codes, Code<Work> row, Work margin_pos,
                       Work margin_neg) {
-    const IntVec<Work, isa> same = codes == row;
-    pos = same & ~(s > margin_pos);
-    neg = ~same & (codes != Code<Work>(kNoColumn)) & ~(s < margin_neg);
+    const Int same = ones<Int>(codes == row);
+    not_pos = ones<Int>(s > margin_pos) + 1 - same;
+    not_neg = ones<Int>(s < margin_neg) + ones<Int>(codes == Code<Work>(kNoColumn)) + same;
+  }
+  // value in the set, else 0
+  template <class Value>
+  DASHPOT_INLINE Value pos(Value value) const {
+    return not_pos == 0 ? value : Value{};
+  }
+  template <class Value>
+  DASHPOT_INLINE Value neg(Value value) const {
+    return not_neg == 0 ? value : Value{};
   }
 };
 
@@ -45,7 +56,7 @@ struct AddHard {
   template <Isa isa>
   static DASHPOT_INLINE void run(const Tile<Work>* at, Work margin_pos, Work margin_neg,
                                  int64_t times, Hard* hard) {
-    const Vec<Work, isa> zero{};
+    const IntVec<Work, isa> one = IntVec<Work, isa>{} + 1;
     const Tile<Work> tile = *at;
     for (int64_t i = 0; i < tile.rows; ++i) {
       Vec<Work, isa> pos{}, neg{};
@@ -54,10 +65,10 @@ struct AddHard {
         const Vec<Work, isa> s = load<Work, isa>(tile.s + i * tile.stride + j);
         const Sets<Work, isa> sets(s, load<Code<Work>, isa>(tile.column_codes + j),
                                    tile.row_codes[i], margin_pos, margin_neg);
-        pos += sets.pos ? margin_pos - s : zero;
-        neg += sets.neg ? s - margin_neg : zero;
-        pos_count -= sets.pos;
-        neg_count -= sets.neg;
+        pos += sets.pos(margin_pos - s);
+        neg += sets.neg(s - margin_neg);
+        pos_count += sets.pos(one);
+        neg_count += sets.neg(one);
       }
       const double times_sum = static_cast<double>(times);
       hard->sum[0] += times_sum * sum_lanes<Work, isa>(pos);
@@ -76,14 +87,14 @@ struct Mark {
   template <Isa isa>
   static DASHPOT_INLINE void run(const Tile<Work>* at, Work margin_pos, Work margin_neg, Work pos,
                                  Work neg) {
-    const Vec<Work, isa> zero{}, of_pos = zero + pos, of_neg = zero + neg;
+    const Vec<Work, isa> of_pos = Vec<Work, isa>{} + pos, of_neg = Vec<Work, isa>{} + neg;
     const Tile<Work> tile = *at;
     for (int64_t i = 0; i < tile.rows; ++i) {
       for (int64_t j = 0; j < tile.columns; j += kLanes<Work, isa>) {
         Work* s = tile.s + i * tile.stride + j;
         const Sets<Work, isa> sets(load<Work, isa>(s), load<Code<Work>, isa>(tile.column_codes + j),
                                    tile.row_codes[i], margin_pos, margin_neg);
-        store<Work, isa>(s, sets.pos ? of_pos : sets.neg ? of_neg : zero);
+        store<Work, isa>(s, sets.pos(of_pos) + sets.neg(of_neg));  // no column is in both
       }
     }
   }

@@ -47,10 +47,23 @@ def losses(ids, scale):
             z1, z2, temperature=0.2, subject_ids=ids, mask_cross_view=True, **group
         )
 
+    def ring_nt_xent(z1, z2, ids, **group):
+        loss = dashpot.ring_nt_xent if group else dashpot.nt_xent
+        return loss(z1, z2, temperature=0.01, **group)
+
+    def ring_subjects(z1, z2, ids, **group):
+        loss = dashpot.ring_nt_xent if group else dashpot.nt_xent
+        return loss(z1, z2, temperature=0.2, subject_ids=ids, mask_cross_view=True, **group)
+
+    def ring_across(z1, z2, ids, **group):
+        loss = dashpot.ring_nt_xent if group else dashpot.nt_xent
+        return loss(z1, z2, temperature=0.2, subject_ids=ids, within_view=False, **group)
+
     def koleo(z1, z2, ids, **group):
         return dashpot.koleo_loss(z1, topk=2, **group) + 0 * z2.sum()
 
-    return [info, both, ring, ring_both, nt_xent, subjects, koleo]
+    return [info, both, ring, ring_both, nt_xent, subjects, ring_nt_xent, ring_subjects,
+            ring_across, koleo]  # fmt: skip
 
 
 def check(group, rank: int, ranks: int) -> None:

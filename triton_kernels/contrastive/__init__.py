@@ -1,6 +1,7 @@
 """Triton kernels of the family `contrastive`.
 
-logits    info_nce, info_nce_queue, nt_xent, koleo_loss, regularized_info_nce: tiles of pairs.py
+logits    info_nce, info_nce_queue, nt_xent: tiles of pairs.py
+koleo     koleo_loss, regularized_info_nce: the same sweep, distances and pulls
 groups    focal_supcon_loss, hard_pair_indices, hard_pair_mixup: tiles of tiles.py
 margins   tcm_loss, opis: the same tiles
 """
@@ -14,16 +15,18 @@ from dashpot.triton_kernels.contrastive.groups import (
     hard_pair_mixup_backward,
     hard_pair_mixup_forward,
 )
+from dashpot.triton_kernels.contrastive.koleo import (
+    koleo_loss_backward,
+    koleo_loss_forward,
+    regularized_info_nce_forward,
+)
 from dashpot.triton_kernels.contrastive.logits import (
     info_nce_backward,
     info_nce_forward,
     info_nce_queue_backward,
     info_nce_queue_forward,
-    koleo_loss_forward,
-    koleo_loss_supports,
     nt_xent_backward,
     nt_xent_forward,
-    regularized_info_nce_forward,
 )
 from dashpot.triton_kernels.contrastive.margins import (
     opis_forward,
@@ -45,8 +48,8 @@ __all__ = [
     "info_nce_forward",
     "info_nce_queue_backward",
     "info_nce_queue_forward",
+    "koleo_loss_backward",
     "koleo_loss_forward",
-    "koleo_loss_supports",
     "nt_xent_backward",
     "nt_xent_forward",
     "opis_forward",

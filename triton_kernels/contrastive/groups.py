@@ -350,8 +350,8 @@ def hard_pair_indices_forward(
     pos = torch.empty((n,), dtype=torch.int64, device=features.device)
     neg = torch.empty_like(pos)
     if n:
-        _hard_pair_indices_kernel[(triton.cdiv(n, ROWS),)](
-            unit(features, True), labels, pos, neg, n, d, M=ROWS, N=NARROW, INNER=INNER,
+        _hard_pair_indices_kernel[(triton.cdiv(n, ROWS // 2),)](
+            unit(features, True), labels, pos, neg, n, d, M=ROWS // 2, N=NARROW, INNER=INNER,
             OFFICIAL=official, PRECISION=precision_of(features, True), num_warps=8,
         )  # fmt: skip
     return pos, neg

@@ -1,4 +1,4 @@
-"""Triton kernels of the losses on rows of logits, and of KoLeo.
+"""Triton kernels of the losses on rows of logits; the search for neighbours is in the sweep.
 
     rows     1 / max(|z|, eps) of each row. float32 rows are also written normalised: their products
              must not leave float32's range. 16-bit rows stay as they are: a product of two of them
@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from dashpot.contrastive._pairs import project as project_back
 from dashpot.contrastive._pairs import unit_rows, wide
-from dashpot.contrastive.koleo_loss import repulsion, repulsion_backward
 from dashpot.triton_kernels.contrastive.pairs import (
     DEPTH,
     FIXED,
@@ -79,12 +78,13 @@ def _sweep_kernel(
     scale_ptr,  # (1,) float32, read if SCALE
     most_ptr, sum_ptr,  # (parts, m) float32, if LOGITS
     best_ptr, nearest_ptr,  # (parts, m) float32, int64, if NEAREST
+    last_ptr, last_key_ptr,  # (m,) float32, int64, read if AFTER: the neighbour before this one
     m, n, d, chunk, offset, factor,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DEPTH: tl.constexpr,
     RAW: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     SCALE: tl.constexpr, FIXED: tl.constexpr,
     VIEWS: tl.constexpr, WITHIN: tl.constexpr, ACROSS: tl.constexpr,
-    LOGITS: tl.constexpr, NEAREST: tl.constexpr,
+    LOGITS: tl.constexpr, NEAREST: tl.constexpr, AFTER: tl.constexpr,
 ):  # fmt: skip
     """chunk: keys of a part. offset: key offset + i is row i itself (for NEAREST)."""
     i = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -144,6 +144,11 @@ def _sweep_kernel(
             near = (j < n)[None, :] & (itself[:, None] != local[None, :])
             if VIEWS:
                 near = near & ((i >= m // 2)[:, None] == (j >= n // 2)[None, :])
+            if AFTER:
+                last = tl.load(last_ptr + i, mask=i < m, other=0.0)[:, None]
+                last_key = tl.load(last_key_ptr + i, mask=i < m, other=0)
+                beyond = local_of(last_key, start, BLOCK_N)[:, None] < local[None, :]
+                near = near & ((cosine < last) | ((cosine == last) & beyond))
             value = tl.where(near, cosine, -float("inf"))
             here = tl.max(value, 1)
             equal = near & (value == here[:, None])
@@ -325,7 +330,7 @@ def _project_kernel(
         tl.store(out_ptr + row * d + at, result.to(out_ptr.dtype.element_ty), mask=at < d)
 
 
-class _Rows:
+class Rows:
     """Rows (n, d) as the kernels take them."""
 
     def __init__(self, z: Tensor, normalize: bool, eps: float = _EPS):
@@ -340,7 +345,21 @@ class _Rows:
                                     BLOCK=block_of(self.d), num_warps=1)  # fmt: skip
 
 
-class _Pairs:
+def project_rows(rows, grad, out_dtype, factor=1.0, scale=None):
+    """c times the sum of the parts of dL/du (parts, m, d), back to the rows (m, d); u.g (m,)."""
+    parts, m, d = grad.shape
+    out = torch.zeros((m, d), dtype=out_dtype, device=grad.device)
+    along = torch.zeros(m, dtype=torch.float32, device=grad.device)
+    if m and d:
+        _project_kernel[(m,)](
+            rows.x, rows.inverse, rows.inverse, rows.inverse if scale is None else scale, grad,
+            out, along, m, d, parts, factor, 1 / rows.eps, BLOCK=block_of(d), RAW=rows.raw,
+            SCALE=scale is not None, NORMALIZE=rows.normalize, num_warps=1,
+        )  # fmt: skip
+    return out, along
+
+
+class Pairs:
     """Rows against keys, the factor c, and which pairs count."""
 
     def __init__(self, rows, keys, factor=1.0, scale=None, codes=None, within=True, across=False):
@@ -363,29 +382,40 @@ class _Pairs:
         """What is passed for a pointer that the kernel does not read."""
         return self.rows.inverse if value is None else value
 
-    def sweep(self, positive, logits=True, nearest=False, offset=0):
+    def sweep(self, positive, nearest=False):
         """(lse (m,), logit of the positive (m,), nearest (m,))."""
+        lse, logit, (_, near) = self._sweep(positive, True, nearest, 0, None)
+        return lse, logit, near
+
+    def nearest(self, offset, last):
+        """(cosine (m,), key (m,)) of each row's first neighbour after `last`, of the same form."""
+        return self._sweep(None, False, True, offset, last)[2]
+
+    def _sweep(self, positive, logits, nearest, offset, last):
         rows, keys = self.rows, self.keys
         m, n, d, device = rows.n, keys.n, rows.d, rows.x.device
         lse = torch.full((m,), -torch.inf, dtype=torch.float32, device=device)
         logit, near = torch.zeros_like(lse), torch.full((m,), -1, device=device)
         if m == 0 or n == 0:
-            return lse, logit, near
+            return lse, logit, (lse, near)
         parts, chunk = parts_of(m, n)
         most, total, best = (
             torch.empty((parts, m), dtype=torch.float32, device=device) for _ in range(3)
         )
         found = torch.empty((parts, m), dtype=torch.int64, device=device)
-        codes = self.codes or (None, None)
+        codes, before = self.codes or (None, None), last or (None, None)
         _sweep_kernel[(triton.cdiv(m, ROWS), parts)](
             rows.x, keys.x, rows.inverse, keys.inverse, self._some(codes[0]), self._some(codes[1]),
             self._some(positive), self._some(self.scale), most, total, best, found,
-            m, n, d, chunk, offset, self.factor,
-            FIXED=self.fixed, LOGITS=logits, NEAREST=nearest, **self.options(),
+            self._some(before[0]), self._some(before[1]), m, n, d, chunk, offset, self.factor,
+            FIXED=self.fixed, LOGITS=logits, NEAREST=nearest, AFTER=last is not None,
+            **self.options(),
         )  # fmt: skip
+        value = lse
         if nearest:
             # The first of equals; a row that is not a number has none, and shows it by itself.
-            near = found.gather(0, best.max(0, keepdim=True).indices)[0].clamp(0, n - 1)
+            value, part = best.max(0)
+            near = found.gather(0, part[None])[0].clamp(0, n - 1)
         if logits:
             _merge_kernel[(triton.cdiv(m, ROWS),)](
                 rows.x, keys.x, rows.inverse, keys.inverse, positive, self._some(self.scale), most,
@@ -393,16 +423,15 @@ class _Pairs:
                 BLOCK_M=ROWS, DEPTH=DEPTH, RAW=rows.raw, SCALE=self.scale is not None,
                 num_warps=4,
             )  # fmt: skip
-        return lse, logit, near
+        return lse, logit, (value, near)
 
     def gradient(self, own, other, out_dtype):
         """Of the rows: (grad (m, d), u.g (m,)). own, other: (g, lse, positive) of rows and keys."""
         rows, keys = self.rows, self.keys
         m, n, d, device = rows.n, keys.n, rows.d, rows.x.device
-        out = torch.zeros((m, d), dtype=out_dtype, device=device)
-        along = torch.zeros(m, dtype=torch.float32, device=device)
         if m == 0 or n == 0 or d == 0:
-            return out, along
+            along = torch.zeros(m, dtype=torch.float32, device=device)
+            return torch.zeros((m, d), dtype=out_dtype, device=device), along
         parts, chunk = parts_of(m, n)
         grad = torch.empty((parts, m, d), dtype=torch.float32, device=device)
         codes = self.codes or (None, None)
@@ -415,22 +444,17 @@ class _Pairs:
             self._some(self.scale), grad, m, n, d, chunk, self.factor,
             WIDTH=WIDTH, OWN=own is not None, OTHER=other is not None, **self.options(),
         )  # fmt: skip
-        _project_kernel[(m,)](
-            rows.x, rows.inverse, rows.inverse, self._some(self.scale), grad, out, along, m, d,
-            parts, self.factor, 1 / rows.eps, BLOCK=block_of(d), RAW=rows.raw,
-            SCALE=self.scale is not None, NORMALIZE=rows.normalize, num_warps=1,
-        )  # fmt: skip
-        return out, along
+        return project_rows(rows, grad, out_dtype, self.factor, self.scale)
 
 
 def info_nce_forward(query, key, positives, logit_scale, temperature, symmetric, normalize):
     """(loss (B,), lse (B,), lse of the keys (N,) if symmetric)."""
-    rows, keys = _Rows(query, normalize), _Rows(key, normalize)
+    rows, keys = Rows(query, normalize), Rows(key, normalize)
     positive = positives if positives is not None else torch.arange(len(query), device=query.device)
-    lse, logit, _ = _Pairs(rows, keys, 1 / temperature, logit_scale).sweep(positive)
+    lse, logit, _ = Pairs(rows, keys, 1 / temperature, logit_scale).sweep(positive)
     if not symmetric:
         return lse - logit, lse, lse[:0].clone()
-    lse_key, _, _ = _Pairs(keys, rows, 1 / temperature, logit_scale).sweep(positive)
+    lse_key, _, _ = Pairs(keys, rows, 1 / temperature, logit_scale).sweep(positive)
     return 0.5 * (lse + lse_key) - logit, lse, lse_key
 
 
@@ -438,32 +462,32 @@ def info_nce_backward(
     grad_loss, query, key, positives, logit_scale, lse, lse_key, temperature, symmetric, normalize,
     needs_grad,
 ):  # fmt: skip
-    rows, keys = _Rows(query, normalize), _Rows(key, normalize)
+    rows, keys = Rows(query, normalize), Rows(key, normalize)
     positive = positives if positives is not None else torch.arange(len(query), device=query.device)
     weight = 0.5 * grad_loss if symmetric else grad_loss
     by_rows = (weight, lse, positive)
     by_keys = (weight, lse_key, positive) if symmetric else None
     grad_query = grad_key = grad_scale = None
     if needs_grad[0] or needs_grad[3]:
-        pairs = _Pairs(rows, keys, 1 / temperature, logit_scale)
+        pairs = Pairs(rows, keys, 1 / temperature, logit_scale)
         grad_query, along = pairs.gradient(by_rows, by_keys, query.dtype)
         if needs_grad[3]:
             grad_scale = along.sum().to(logit_scale.dtype).reshape(logit_scale.shape)
     if needs_grad[1]:
-        pairs = _Pairs(keys, rows, 1 / temperature, logit_scale)
+        pairs = Pairs(keys, rows, 1 / temperature, logit_scale)
         grad_key, _ = pairs.gradient(by_keys, by_rows, key.dtype)
     return grad_query, grad_key, grad_scale
 
 
-class _Views:
+class Views:
     """nt_xent's arguments: both views of the rows and of the keys, one after the other."""
 
     def __init__(self, z1, z2, key1, key2, ids, key_ids, offset, temperature, within, across):
         b, n = z1.shape[0], (z1 if key1 is None else key1).shape[0]
         device = z1.device
-        self.rows = _Rows(torch.cat([z1, z2]), True)
+        self.rows = Rows(torch.cat([z1, z2]), True)
         self.same = key1 is None
-        self.keys = self.rows if self.same else _Rows(torch.cat([key1, key2]), True)
+        self.keys = self.rows if self.same else Rows(torch.cat([key1, key2]), True)
         ids = torch.arange(b, device=device) if ids is None else ids
         key_ids = ids if self.same else key_ids
         codes = ids.repeat(2), key_ids.repeat(2)
@@ -477,8 +501,8 @@ class _Views:
         self.options = 1 / temperature, None, codes, within, across
         self.back = 1 / temperature, None, codes[::-1], within, across
 
-    def pairs(self) -> _Pairs:
-        return _Pairs(self.rows, self.keys, *self.options)
+    def pairs(self) -> Pairs:
+        return Pairs(self.rows, self.keys, *self.options)
 
     def gradients(self, weight, lse, needs_rows: bool, needs_keys: bool, dtype):
         own = (weight, lse, self.positive)
@@ -487,7 +511,7 @@ class _Views:
             other = own if self.same else None
             rows, _ = self.pairs().gradient(own, other, dtype)
         if needs_keys and not self.same:
-            back = _Pairs(self.keys, self.rows, *self.back)
+            back = Pairs(self.keys, self.rows, *self.back)
             # A key is kept across views if it is the row's positive: by whom it was chosen.
             keys, _ = back.gradient((torch.zeros_like(self.chosen, dtype=torch.float32),
                                      torch.zeros_like(self.chosen, dtype=torch.float32),
@@ -499,7 +523,7 @@ def nt_xent_forward(
     z1, z2, key1, key2, ids, key_ids, offset, temperature, within_view, mask_cross_view
 ):
     """(loss (2B,), lse (2B,))"""
-    views = _Views(z1, z2, key1, key2, ids, key_ids, offset, temperature, within_view,
+    views = Views(z1, z2, key1, key2, ids, key_ids, offset, temperature, within_view,
                    mask_cross_view)  # fmt: skip
     lse, logit, _ = views.pairs().sweep(views.positive)
     return lse - logit, lse
@@ -509,7 +533,7 @@ def nt_xent_backward(
     grad_loss, z1, z2, key1, key2, ids, key_ids, lse, offset, temperature, within_view,
     mask_cross_view, needs_grad,
 ):  # fmt: skip
-    views = _Views(z1, z2, key1, key2, ids, key_ids, offset, temperature, within_view,
+    views = Views(z1, z2, key1, key2, ids, key_ids, offset, temperature, within_view,
                    mask_cross_view)  # fmt: skip
     rows, keys = views.gradients(
         grad_loss, lse, any(needs_grad[:2]), any(needs_grad[2:4]), z1.dtype
@@ -529,16 +553,16 @@ def _own_logits(query, key, temperature, normalize):
 
 def info_nce_queue_forward(query, key, queue, temperature, normalize):
     """(loss (B,), lse (B,)): a sweep over the queue, to which each row adds its own key."""
-    rows, negatives = _Rows(query, normalize), _Rows(queue, normalize)
+    rows, negatives = Rows(query, normalize), Rows(queue, normalize)
     nobody = torch.full((query.shape[0],), -1, device=query.device)
-    lse, _, _ = _Pairs(rows, negatives, 1 / temperature).sweep(nobody)
+    lse, _, _ = Pairs(rows, negatives, 1 / temperature).sweep(nobody)
     _, _, own = _own_logits(query, key, temperature, normalize)
     lse = torch.logaddexp(lse, own)
     return lse - own, lse
 
 
 def info_nce_queue_backward(grad_loss, query, key, queue, lse, temperature, normalize, needs_grad):
-    rows, negatives = _Rows(query, normalize), _Rows(queue, normalize)
+    rows, negatives = Rows(query, normalize), Rows(queue, normalize)
     nobody = torch.full((query.shape[0],), -1, device=query.device)
     u, v, own = _own_logits(query, key, temperature, normalize)
     weight = (grad_loss * (torch.exp(own - lse) - 1) / temperature)[:, None]  # (B, 1)
@@ -548,48 +572,9 @@ def info_nce_queue_backward(grad_loss, query, key, queue, lse, temperature, norm
 
     grad_query = grad_key = None
     if needs_grad[0]:
-        pairs = _Pairs(rows, negatives, 1 / temperature)
+        pairs = Pairs(rows, negatives, 1 / temperature)
         grad_query, _ = pairs.gradient((grad_loss, lse, nobody), None, torch.float32)
         grad_query = (grad_query + back(weight * v, query)).to(query.dtype)
     if needs_grad[1]:
         grad_key = back(weight * u, key).to(key.dtype)
     return grad_query, grad_key
-
-
-def koleo_loss_supports(z, keys, offset, topk, eps, normalize) -> str | None:
-    return None if topk == 1 else f"looks for one neighbour, got topk={topk}"
-
-
-def koleo_loss_forward(z, keys, offset, topk, eps, normalize):
-    """(loss (B,), nearest (B, 1)); the backward is the reference's."""
-    rows = _Rows(z, normalize, eps)
-    others = rows if keys is None else _Rows(keys, normalize, eps)
-    _, _, nearest = _Pairs(rows, others).sweep(None, logits=False, nearest=True, offset=offset)
-    nearest = nearest[:, None]
-    u = unit_rows(z, eps) if normalize else wide(z)
-    v = u if keys is None else unit_rows(keys, eps) if normalize else wide(keys)
-    return repulsion(u, v, nearest, eps), nearest
-
-
-def regularized_info_nce_forward(
-    z1, z2, ids, temperature, within_view, mask_cross_view, with_gradient
-):
-    """(loss (), koleo (), then both by z1 and both by z2, (B, D) or (0, D)): one sweep for the
-    logits and the neighbours."""
-    b = z1.shape[0]
-    views = _Views(z1, z2, None, None, ids, None, 0, temperature, within_view, mask_cross_view)
-    lse, logit, nearest = views.pairs().sweep(views.positive, nearest=True)
-    weight = torch.full_like(lse, 0.5 / max(1, b))
-    rows, _ = views.gradients(weight, lse, any(with_gradient), False, torch.float32)
-    spread, grads = [], []
-    for at, z in enumerate((z1, z2)):
-        u = unit_rows(z)
-        near = (nearest[at * b : at * b + b] - at * b).clamp(0, max(0, b - 1))[:, None]
-        spread.append(repulsion(u, u, near, 1e-8))
-        if not with_gradient[at]:
-            grads += [lse.new_empty((0, z.shape[1])), lse.new_empty((0, z.shape[1]))]
-            continue
-        own, other = repulsion_backward(weight[:b], u, u, near, 1e-8)
-        grads += [rows.chunk(2)[at].contiguous(), project_back(own + other, wide(z))]
-    loss = (lse - logit).sum() * (0.5 / max(1, b))
-    return loss, torch.cat(spread).sum() * (0.5 / max(1, b)), *grads

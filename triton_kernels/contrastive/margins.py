@@ -14,7 +14,6 @@ import torch
 import triton
 import triton.language as tl
 from dashpot.triton_kernels.contrastive.tiles import (
-    COLUMNS,
     INNER,
     NARROW,
     ROWS,
@@ -75,7 +74,7 @@ def _tcm_sums_kernel(
         own = (row[:, None] + shift == column[None, :]) & OWN
         there = (row < b)[:, None] & (column < n)[None, :]
         pos, neg = _sets(s, label[:, None] == code[None, :], own, there, margin_pos, margin_neg)
-        times = tl.where(j == begin, 1, 2) if MIRROR else 1
+        times = tl.where(j < begin + M, 1, 2) if MIRROR else 1
         sum_pos += times * tl.sum(tl.where(pos, margin_pos - s, 0.0), 1).to(tl.float64)
         sum_neg += times * tl.sum(tl.where(neg, s - margin_neg, 0.0), 1).to(tl.float64)
         count_pos += times * tl.sum(pos.to(tl.int32), 1).to(tl.int64)
@@ -147,7 +146,7 @@ def tcm_loss_forward(
     if b:
         _tcm_sums_kernel[(programs,)](
             u, v, labels, labels if mirror else ref_labels, sums, counts, b, v.shape[0], d,
-            max(offset, 0), margin_pos, margin_neg, M=ROWS, N=COLUMNS, INNER=INNER,
+            max(offset, 0), margin_pos, margin_neg, M=ROWS, N=NARROW, INNER=INNER,
             OWN=offset >= 0, MIRROR=mirror, PRECISION=precision_of(embeddings, normalize),
             num_warps=8,
         )  # fmt: skip
@@ -174,9 +173,9 @@ def tcm_loss_backward(
         grad = torch.empty(a.shape, dtype=torch.float32, device=a.device)
         n, d = a.shape
         if n and d:
-            _tcm_gradient_kernel[(triton.cdiv(n, ROWS), triton.cdiv(d, NARROW))](
+            _tcm_gradient_kernel[(triton.cdiv(n, ROWS // 2), triton.cdiv(d, NARROW))](
                 a, b, a_labels, b_labels, scale, grad, n, b.shape[0], d, shift, margin_pos,
-                margin_neg, M=ROWS, N=NARROW, INNER=INNER, SLICE=NARROW, OWN=offset >= 0,
+                margin_neg, M=ROWS // 2, N=NARROW, INNER=INNER, SLICE=NARROW, OWN=offset >= 0,
                 PRECISION=precision_of(embeddings, normalize), num_warps=8,
             )  # fmt: skip
         return project(grad, rows, normalize)

@@ -14,15 +14,16 @@ from dashpot.contrastive.hard_pair_mixup import HARD_PAIR_MIXUP, hard_pair_mixup
 from dashpot.contrastive.info_nce import INFO_NCE, info_nce, ring_info_nce
 from dashpot.contrastive.info_nce_queue import INFO_NCE_QUEUE, info_nce_queue
 from dashpot.contrastive.koleo_loss import KOLEO_LOSS, koleo_loss
-from dashpot.contrastive.modules import ClipLoss, InfoNCE, KoLeo, NTXent, RegularizedInfoNCE
+from dashpot.contrastive.metric_learning import SupConLoss
+from dashpot.contrastive.modules import InfoNCE, KoLeo, NTXent, RegularizedInfoNCE
 from dashpot.contrastive.momentum import EMA, ParticipantPairSampler, ema_update_
-from dashpot.contrastive.nt_xent import NT_XENT, nt_xent
+from dashpot.contrastive.nt_xent import NT_XENT, nt_xent, ring_nt_xent
+from dashpot.contrastive.open_clip import ClipLoss
 from dashpot.contrastive.opis import OPIS, OpisCurves, opis
 from dashpot.contrastive.regularized_info_nce import REGULARIZED_INFO_NCE, regularized_info_nce
 from dashpot.contrastive.supcon_loss import (
     SUPCON_LOSS,
     MultiViewSupConLoss,
-    SupConLoss,
     supcon_loss,
 )
 from dashpot.contrastive.tcm_loss import TCM_LOSS, TcmStats, ThresholdConsistentMarginLoss, tcm_loss
@@ -53,6 +54,7 @@ __all__ = [
     "opis",
     "regularized_info_nce",
     "ring_info_nce",
+    "ring_nt_xent",
     "supcon_loss",
     "tcm_loss",
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """The losses over the ranks of a `torch.distributed` group.
 
-Two forms. Gathered: every rank holds the keys of all ranks, (B_all, D). Ring (`ring_info_nce`):
-keys travel from rank to rank, each rank holds one block of them at a time, (B, D), and merges its
-rows' log-sums: memory does not grow with the number of ranks.
+Two forms. Gathered: every rank holds the keys of all ranks, (B_all, D). Ring (`ring_info_nce`,
+`ring_nt_xent`): keys travel from rank to rank, each rank holds one block of them at a time, (B, D),
+and merges its rows' log-sums: memory does not grow with the number of ranks.
 
 In both a rank's loss is that of its own rows, and the gradient that arrives at a rank's rows is
 the sum over all ranks' losses: with gradients averaged over the ranks, as DDP does, that is the
@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dashpot.contrastive._pairs import wide
 from dashpot.contrastive.info_nce import INFO_NCE
 from dashpot.contrastive.nt_xent import NT_XENT
 
@@ -101,58 +102,106 @@ def _pass_on(block: Tensor, group) -> Tensor:
     return arriving
 
 
-def _positives(at: int, rank: int, rows: Tensor) -> Tensor:
-    """The positives of the rows among the block of rank `at`: their own, or none."""
-    own = torch.arange(rows.shape[0], device=rows.device)
-    return own if at == rank else torch.full_like(own, -1)
+class _InfoNceBlock:
+    """`info_nce` of unit rows (1, B, D) with one block of keys (1, B, D)."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    @staticmethod
+    def _positives(rows: Tensor, own: bool) -> Tensor:
+        at = torch.arange(rows.shape[1], device=rows.device)
+        return at if own else torch.full_like(at, -1)
+
+    def forward(self, rows, scale, ids, keys, key_ids, own: bool) -> tuple[Tensor, Tensor]:
+        loss, lse, _ = INFO_NCE.forward_op(
+            rows[0], keys[0], self._positives(rows, own), scale, self.temperature, False, False
+        )
+        return loss, lse
+
+    def backward(self, grad, rows, scale, ids, keys, key_ids, own: bool, lse, needs_scale: bool):
+        by_rows, by_keys, by_scale = INFO_NCE.backward_op(
+            grad, rows[0], keys[0], self._positives(rows, own), scale, lse, lse[:0],
+            self.temperature, False, False, [True, True, False, needs_scale],
+        )  # fmt: skip
+        return by_rows[None], by_keys[None], by_scale
+
+
+class _NtXentBlock:
+    """`nt_xent` of both views (2, B, D) with one block of keys of both views (2, B, D)."""
+
+    def __init__(self, *options):
+        self.options = options  # temperature, within_view, mask_cross_view
+
+    def forward(self, rows, scale, ids, keys, key_ids, own: bool) -> tuple[Tensor, Tensor]:
+        offset = 0 if own else -1
+        return NT_XENT.forward_op(*rows, *keys, ids, key_ids, offset, *self.options)
+
+    def backward(self, grad, rows, scale, ids, keys, key_ids, own: bool, lse, needs_scale: bool):
+        offset = 0 if own else -1
+        grads = NT_XENT.backward_op(
+            grad, *rows, *keys, ids, key_ids, lse, offset, *self.options, [True] * 4
+        )
+        return torch.stack(grads[:2]), torch.stack(grads[2:]), None
 
 
 class _Ring(torch.autograd.Function):
-    """info_nce of unit rows, keys block by block: (loss (B,))."""
+    """Losses of the rows (V, B, D), keys (V, B, D) and their ids (B,) going round in blocks."""
 
     @staticmethod
-    def forward(ctx, u: Tensor, v: Tensor, logit_scale: Tensor | None, temperature: float, group):
+    def forward(ctx, rows, keys, scale: Tensor | None, ids: Tensor, block, group):
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        block, lse, loss = v, None, None
+        here, here_ids, lse, loss = keys, ids, None, None
         for step in range(ranks):
-            at = (rank - step) % ranks
-            part, part_lse, _ = INFO_NCE.forward_op(
-                u, block, _positives(at, rank, u), logit_scale, temperature, False, False
-            )
-            if at == rank:
+            own = (rank - step) % ranks == rank
+            part, part_lse = block.forward(rows, scale, ids, here, here_ids, own)
+            if own:
                 loss = part - part_lse  # minus the positive's logit
             lse = part_lse if lse is None else torch.logaddexp(lse, part_lse)
             if step + 1 < ranks:
-                block = _pass_on(block, group)
-        ctx.save_for_backward(u, v, logit_scale, lse)
-        ctx.call = temperature, group
+                here, here_ids = _pass_on(here, group), _pass_on(here_ids, group)
+        ctx.save_for_backward(rows, keys, scale, ids, lse)
+        ctx.call = block, group
         return loss + lse
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        u, v, logit_scale, lse = ctx.saved_tensors
-        temperature, group = ctx.call
+        rows, keys, scale, ids, lse = ctx.saved_tensors
+        block, group = ctx.call
         rank, ranks = dist.get_rank(group), dist.get_world_size(group)
-        needs = [True, True, False, logit_scale is not None and ctx.needs_input_grad[2]]
-        block, grad_u, grad_scale = v, torch.zeros_like(u), None
-        grad_block = torch.zeros_like(v)  # travels with its block, and comes home with it
+        needs_scale = scale is not None and ctx.needs_input_grad[2]
+        here, here_ids = keys, ids
+        grad_rows, grad_scale = torch.zeros_like(rows), None
+        grad_here = torch.zeros_like(keys)  # travels with its block, and comes home with it
         for step in range(ranks):
-            at = (rank - step) % ranks
-            part_u, part_v, part_scale = INFO_NCE.backward_op(
-                grad.contiguous(), u, block, _positives(at, rank, u), logit_scale, lse, lse[:0],
-                temperature, False, False, needs,
-            )  # fmt: skip
-            grad_u += part_u
-            grad_block += part_v
-            if needs[3]:
-                grad_scale = part_scale if grad_scale is None else grad_scale + part_scale
-            grad_block = _pass_on(grad_block, group)
+            own = (rank - step) % ranks == rank
+            by_rows, by_keys, by_scale = block.backward(
+                grad.contiguous(), rows, scale, ids, here, here_ids, own, lse, needs_scale
+            )
+            grad_rows += by_rows
+            grad_here += by_keys
+            if needs_scale:
+                grad_scale = by_scale if grad_scale is None else grad_scale + by_scale
+            grad_here = _pass_on(grad_here, group)
             if step + 1 < ranks:
-                block = _pass_on(block, group)
-        return grad_u, grad_block, grad_scale, None, None
+                here, here_ids = _pass_on(here, group), _pass_on(here_ids, group)
+        return grad_rows, grad_here, grad_scale, None, None, None
 
 
 def ring_rows(u: Tensor, v: Tensor, logit_scale, temperature: float, group) -> Tensor:
     """Losses (B,) of unit rows u with the keys v of all ranks, one block at a time."""
     _check_equal(u, group)
-    return _Ring.apply(u.contiguous(), v.contiguous(), logit_scale, temperature, group)
+    ids = torch.arange(u.shape[0], device=u.device)
+    return _Ring.apply(u[None].contiguous(), v[None].contiguous(), logit_scale, ids,
+                       _InfoNceBlock(temperature), group)  # fmt: skip
+
+
+def ring_views(z1, z2, ids, temperature, within_view, mask_cross_view, group) -> Tensor:
+    """Losses (2B,) of both views' rows with both views of all ranks, one block at a time."""
+    _check_equal(z1, group)
+    if ids is None:
+        offset = dist.get_rank(group) * z1.shape[0]
+        ids = torch.arange(offset, offset + z1.shape[0], device=z1.device)
+    views = torch.stack([wide(z1), wide(z2)])  # (2, B, D)
+    return _Ring.apply(views, views, None, ids, _NtXentBlock(temperature, within_view,
+                       mask_cross_view), group)  # fmt: skip

@@ -1,8 +1,9 @@
-"""Modules of the family, in the forms that users of other libraries call.
+"""Modules of the family: the functions with their options held.
 
-InfoNCE()(query, key)                            ClipLoss()(image, text, logit_scale)
-NTXent(temperature)(z1, z2)                      KoLeo()(z)
+InfoNCE()(query, key)    NTXent(temperature)(z1, z2)    KoLeo()(z)
 RegularizedInfoNCE(temperature, koleo_weight)(z1, z2, subject_ids)
+
+Under other libraries' names: `metric_learning`, `lightly`, `open_clip`.
 """
 
 from __future__ import annotations
@@ -36,24 +37,8 @@ class InfoNCE(nn.Module):
         )  # fmt: skip
 
 
-class ClipLoss(nn.Module):
-    """The call of open_clip's ClipLoss: normalised features and the factor of the logits."""
-
-    def __init__(self, *, group=None):
-        super().__init__()
-        self.group = group
-
-    def forward(self, image_features: Tensor, text_features: Tensor, logit_scale: Tensor,
-                output_dict: bool = False) -> Tensor | dict[str, Tensor]:  # fmt: skip
-        loss = info_nce(
-            image_features, text_features, logit_scale=torch.as_tensor(logit_scale),
-            symmetric=True, normalize=False, group=self.group,
-        )  # fmt: skip
-        return {"contrastive_loss": loss} if output_dict else loss
-
-
 class NTXent(nn.Module):
-    """The call of lightly's NTXentLoss (without its memory bank: see `info_nce_queue`)."""
+    """`nt_xent` with its options (temperature 0.5: lightly's)."""
 
     def __init__(self, temperature: float = 0.5, *, within_view: bool = True,
                  mask_cross_view: bool = False, group=None):  # fmt: skip
@@ -69,7 +54,7 @@ class NTXent(nn.Module):
 
 
 class KoLeo(nn.Module):
-    """The call of lightly's and DINOv2's KoLeoLoss."""
+    """`koleo_loss` with its options."""
 
     def __init__(self, topk: int = 1, *, eps: float = 1e-8, group=None):
         super().__init__()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dashpot.contrastive._pairs import INTEGERS
 
 _WIDE = (torch.float32, torch.float64)
-_CHUNK = 1 << 20  # numbers that are converted at a time
+_CHUNK = 1 << 16  # numbers that are converted at a time: they stay in the second-level cache
 
 
 def ema_update_(

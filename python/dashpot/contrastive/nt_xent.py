@@ -173,6 +173,46 @@ def nt_xent(
     return reduced(rows, "mean")
 
 
+@public
+def ring_nt_xent(
+    z1: Tensor,
+    z2: Tensor,
+    *,
+    group,
+    temperature: float = 0.04,
+    subject_ids: Tensor | None = None,
+    within_view: bool = True,
+    mask_cross_view: bool = False,
+) -> Tensor:
+    r"""`nt_xent` with `group` whose keys travel round a ring of ranks instead of being gathered.
+
+    A rank holds one block of keys at a time, so its memory does not grow with the number of ranks;
+    the rows' log-sums merge by :math:`\log(e^a + e^b)`.
+
+    Args:
+        z1: (B, D) the rank's rows; B is the same on every rank.
+        z2: (B, D) of the same dtype.
+        group: a `torch.distributed` process group; None is the default one.
+        temperature: as in `nt_xent`.
+        subject_ids: (B,) the rank's, as in `nt_xent`.
+        within_view: as in `nt_xent`.
+        mask_cross_view: as in `nt_xent`.
+
+    Returns:
+        () the loss of the local rows, as `nt_xent` with `group`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    from dashpot.contrastive._distributed import ring_views
+
+    z1, z2, ids, temperature = check_views(
+        z1, z2, temperature, subject_ids, within_view, mask_cross_view
+    )
+    rows = ring_views(z1, z2, ids, temperature, within_view, mask_cross_view, group)
+    return reduced(rows, "mean")
+
+
 def check_views(z1, z2, temperature, subject_ids, within_view, mask_cross_view):
     """The arguments as the ops take them."""
     check_rows(z1, "z1")

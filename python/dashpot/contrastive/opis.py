@@ -123,11 +123,18 @@ def _ranks(far_range: tuple[float, float], impostors: int) -> list[int]:
 
 
 def _opis_inputs(size, dtype, device, seed):
-    """Odd sizes find their range, even ones are given it."""
-    n, _ = size
-    embeddings, _ = grouped_rows(size, dtype, device, seed)
-    _, labels = grouped_rows(size, dtype, device, 0)  # their number of classes is an argument
+    """Odd sizes find their range, even ones are given it. With "signs" first: coordinates of one
+    size, as many as make cosines exact in every dtype, so that counts of millions of pairs can be
+    compared; and the default thresholds."""
+    n, d = size[-2:]
+    embeddings, _ = grouped_rows((n, d), dtype, device, seed)
+    _, labels = grouped_rows((n, d), dtype, device, 0)  # their number of classes is an argument
     values, _, classes, impostors = _dense(labels)
+    if size[0] == "signs":
+        live = torch.arange(d, device=device) < 4 ** int(math.log(d, 4))
+        embeddings = torch.where(live, torch.where(embeddings > 0, 1.0, -1.0), 0.0).to(dtype)
+        d_range, ranks = ([], _ranks((0.01, 0.1), impostors)) if n % 2 else ([0.9, 1.3], [])
+        return embeddings, classes, values.shape[0], d_range, ranks, 101, True
     d_range, ranks = ([], _ranks((0.05, 0.4), impostors)) if n % 2 else ([0.9, 1.3], [])
     return embeddings, classes, values.shape[0], d_range, ranks, 11 + n % 7, n % 3 > 0
 
@@ -148,9 +155,9 @@ OPIS = declare(
     inputs=_opis_inputs,
     floor=_opis_floor,
     sizes={
-        # a pair and a stranger; below, at and above panels of 64 rows
-        "test": [(7, 5), (33, 16), (64, 16), (130, 17), (257, 17)],
-        "bench": [(1000, 128), (10_000, 128)],
+        # a pair and a stranger; below, at and above panels of 64 rows; many equal distances
+        "test": [(7, 5), (33, 16), (64, 16), (130, 17), (257, 17), ("signs", 151, 20)],
+        "bench": [("signs", 1000, 128), ("signs", 10_000, 128)],
     },
 )
 

@@ -72,24 +72,6 @@ SUPCON_LOSS = chain(
 )
 
 
-class SupConLoss(nn.Module):
-    """`supcon_loss` of normalised embeddings, called as pytorch-metric-learning's SupConLoss.
-
-    That one gives 0 if all rows have one label; this one the formula's value.
-    """
-
-    def __init__(self, temperature: float = 0.1):
-        super().__init__()
-        self.temperature = check_number(temperature, "temperature")
-
-    def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
-        """embeddings (N, d), labels (N,) -> loss ()"""
-        return supcon_loss(embeddings, labels, temperature=self.temperature, normalize=True)
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature:g}"
-
-
 class MultiViewSupConLoss(nn.Module):
     """The supervised contrastive loss of several views, called as SupContrast's SupConLoss.
 
