@@ -182,17 +182,17 @@ def test_it_trains():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="expected one of them.*got None and None"):
+    with pytest.raises(ValueError, match=r"expected one of them.*got None and None"):
         SparseOTRouter(E)
-    with pytest.raises(ValueError, match="expected one of them.*got 1.0 and 2"):
+    with pytest.raises(ValueError, match=r"expected one of them.*got 1.0 and 2"):
         SparseOTRouter(E, capacity_factor=1.0, num_selected=2)
     with pytest.raises(ValueError, match="num_selected: expected 1 <= num_selected <= 8, got 9"):
         SparseOTRouter(E, num_selected=9)
-    with pytest.raises(ValueError, match="capacity_factor: expected a positive.*got 0"):
+    with pytest.raises(ValueError, match=r"capacity_factor: expected a positive.*got 0"):
         SparseOTRouter(E, capacity_factor=0)
-    with pytest.raises(ValueError, match="solver: expected one of auto.*got 'sgd'"):
+    with pytest.raises(ValueError, match=r"solver: expected one of auto.*got 'sgd'"):
         SparseOTRouter(E, num_selected=1, solver="sgd")
-    with pytest.raises(ValueError, match="lr: expected a positive.*got 0"):
+    with pytest.raises(ValueError, match=r"lr: expected a positive.*got 0"):
         SparseOTRouter(E, num_selected=1, lr=0)
     router = SparseOTRouter(E, num_selected=1)
     with pytest.raises(ValueError, match=r"logits: expected \(\.\.\., T, 8\), got \(3, 7\)"):

@@ -8,8 +8,8 @@ their device. As there, everything is computed in float64. What POT 0.9.7 refuse
 max_nz of the length of a column and beyond, columns and rows without mass, torch tensors in the
 semi-dual. `regularized_ot` is the function behind: it has batches, sparse plans and gradients.
 
-Both functions climb the semi-dual, in which the columns' potentials are eliminated: its value is the
-dual's at (alpha, beta(alpha)), so its maximum is the dual's, and it is the better conditioned one.
+Both functions climb the semi-dual, in which the columns' potentials are eliminated: its value is
+the dual's at (alpha, beta(alpha)), so its maximum is the dual's; and it is better conditioned.
 """
 
 from __future__ import annotations
