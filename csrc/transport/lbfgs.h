@@ -104,7 +104,7 @@ DASHPOT_HD Progress lbfgs(Vectors& vectors, Function& function, double* room, do
     vectors.add_scaled(step, x_next, -1, x, n);
     vectors.add_scaled(turn, g_next, -1, g, n);
     const double bend = vectors.dot(step, turn, n);
-    if (bend > 1e-14 * sqrt(vectors.dot(step, step, n) * vectors.dot(turn, turn, n))) {
+    if (bend > 1e-14 * ::sqrt(vectors.dot(step, step, n) * vectors.dot(turn, turn, n))) {
       curvature[last % kSlots] = bend;
       if (++last - first > kPairs) ++first;
     }

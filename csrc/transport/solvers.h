@@ -57,7 +57,7 @@ DASHPOT_HD Progress adam(Vectors& vectors, Function& function, double* room, dou
     vectors.each(n, [&](int64_t i) {
       first[i] += 0.1 * (g[i] - first[i]);
       second[i] += 0.001 * (g[i] * g[i] - second[i]);
-      x[i] -= settings.lr * (first[i] / (1 - decay1)) / (sqrt(second[i] / (1 - decay2)) + 1e-8);
+      x[i] -= settings.lr * (first[i] / (1 - decay1)) / (::sqrt(second[i] / (1 - decay2)) + 1e-8);
     });
     ++done.iterations;
   }
