@@ -45,7 +45,7 @@ inline std::tuple<Tensor, Tensor, Tensor> evaluate_on_device(const Tensor& alpha
 
 using SolveOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// As ot_solve.cpp says.
+// As regularized_ot.cpp says.
 inline SolveOutputs solve_on_device(const Settings& settings, const Tensor& cost, const Tensor& a,
                                     const Tensor& b, const Tensor& alpha, const Tensor& beta,
                                     bool by_rows) {

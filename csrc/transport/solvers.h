@@ -127,7 +127,7 @@ DASHPOT_HD Progress continuation(Vectors& vectors, Function& function, Smoothed&
     vectors.copy(y, size, here);
     const double value = function(here, slope);
     const bool better = value < found, last = mu <= end;
-    const bool settled = found - value <= settings.tol * fmax(1.0, fabs(found));
+    const bool settled = found - value <= 1e-2 * settings.tol * fmax(1.0, fabs(found));
     if (better || settings.smoothing > 0) {
       found = value;
       vectors.copy(here, size, x);
@@ -163,16 +163,19 @@ DASHPOT_HD Progress climb(Vectors& vectors, Function& function, Smoothed& smooth
   const bool few_columns = 4 * options.n <= options.m;  // a router: kinks from the first steps on
   Progress first;
   if (!(automatic && few_columns)) {
-    const int64_t share = automatic ? steps / 2 : steps;
-    first = lbfgs(vectors, function, rest, x, g, size, limits_of(settings, share));
-    if (!automatic || first.status == kConverged) return first;
+    first = lbfgs(vectors, function, rest, x, g, size, limits_of(settings, steps));
+    if (!automatic || first.status != kStalled || first.iterations >= steps) return first;
   }
-  const int64_t left = steps - first.iterations;
-  const bool kink = few_columns || function.report(x, settings.tol, room).tied > 0;
-  Progress second = kink ? continuation(vectors, function, smoothed, room, x, left, settings)
-                         : lbfgs(vectors, function, rest, x, g, size, limits_of(settings, left));
-  second.iterations += first.iterations;
-  return second;
+  const Progress second =
+      continuation(vectors, function, smoothed, room, x, steps - first.iterations, settings);
+  const int64_t left = steps - first.iterations - second.iterations;
+  Progress last = second;
+  if (second.status != kConverged && left > 0) {  // what a kink leaves to climb
+    last = lbfgs(vectors, function, rest, x, g, size, limits_of(settings, left));
+    last.iterations += second.iterations;
+  }
+  last.iterations += first.iterations;
+  return last;
 }
 
 }  // namespace dashpot::transport

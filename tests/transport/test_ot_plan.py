@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from dashpot import functional as F
 from dashpot.transport.ot_plan import OT_PLAN
 
 pytestmark = pytest.mark.usefixtures("backend64")
@@ -70,3 +71,23 @@ def test_columns_without_mass_and_forbidden_pairs_hold_nothing():
     rows, values = plan(cost, b, torch.zeros(6), k=3)
     assert not bool((values[:, 1] > 0).any()) and bool((rows[:, 1] == -1).all())
     assert bool((rows[:, 2][rows[:, 2] >= 0] >= 4).all())
+
+
+@pytest.mark.parametrize("form", ["semi_dual", "dual"])
+def test_public_function(spec_problem, form):
+    problem = spec_problem()
+    beta = problem["beta"] if form == "dual" else None
+    got = F.ot_plan(problem["alpha"], problem["cost"], problem["b"], beta, gamma=0.5, max_nz=2)
+    rows, values = plan(
+        problem["cost"], problem["b"], problem["alpha"], problem["beta"], k=2, form=form
+    )
+    assert torch.equal(got.indices, rows) and torch.equal(got.values, values)
+    torch.testing.assert_close(got.to_dense(), dense(rows, values, 4))
+
+
+def test_errors(spec_problem):
+    problem = spec_problem()
+    with pytest.raises(ValueError, match="alpha: expected"):
+        F.ot_plan(problem["alpha"][:2], problem["cost"], max_nz=2)
+    with pytest.raises(ValueError, match="max_nz: expected an int"):
+        F.ot_plan(problem["alpha"], problem["cost"])

@@ -8,15 +8,18 @@ the bound ||t_j||_0 <= k. Both duals are concave and cost one read of C per eval
     ot_dual_value_grad        alpha (m,), beta (n,): both marginals are met at the maximum
     ot_semidual_value_grad    alpha (m,): beta is eliminated, column sums are exact always
     sparse_simplex_projection what a column of the semi-dual's plan is: a k-sparse projection
+    ot_plan                   the nonzeros of the plan that belongs to potentials
+
+`regularized_ot` maximises either, for a batch of problems in one call.
 """
 
+from dashpot.transport._solve import REGULARIZED_OT
 from dashpot.transport.ot_dual_value_grad import OT_DUAL_VALUE_GRAD, ot_dual_value_grad
-from dashpot.transport.ot_plan import OT_PLAN
+from dashpot.transport.ot_plan import OT_PLAN, ot_plan
 from dashpot.transport.ot_semidual_value_grad import (
     OT_SEMIDUAL_VALUE_GRAD,
     ot_semidual_value_grad,
 )
-from dashpot.transport.ot_solve import OT_SOLVE
 from dashpot.transport.plans import TopKPlan
 from dashpot.transport.regularized_ot import OTResult, regularized_ot
 from dashpot.transport.router import Routes, SparseOTRouter
@@ -27,7 +30,7 @@ from dashpot.transport.sparse_simplex_projection import (
 )
 
 __all__ = [
-    "OTResult", "Routes", "SparseOTRouter", "TopKPlan", "ot_dual_value_grad",
+    "OTResult", "Routes", "SparseOTRouter", "TopKPlan", "ot_dual_value_grad", "ot_plan",
     "ot_semidual_value_grad", "regularized_ot", "smooth_ot_dual", "smooth_ot_semi_dual",
     "sparse_simplex_projection",
 ]  # fmt: skip
@@ -36,4 +39,10 @@ TOOLS = (
     "OTResult", "Routes", "SparseOTRouter", "TopKPlan", "smooth_ot_dual", "smooth_ot_semi_dual",
 )  # fmt: skip
 
-OPS = (SPARSE_SIMPLEX_PROJECTION, OT_SEMIDUAL_VALUE_GRAD, OT_DUAL_VALUE_GRAD, OT_SOLVE, OT_PLAN)
+OPS = (
+    SPARSE_SIMPLEX_PROJECTION,
+    OT_SEMIDUAL_VALUE_GRAD,
+    OT_DUAL_VALUE_GRAD,
+    REGULARIZED_OT,
+    OT_PLAN,
+)

@@ -1,4 +1,4 @@
-"""The solvers of `ot_solve` in PyTorch: a batch at once, every problem at its own pace.
+"""The solvers of `regularized_ot` in PyTorch: a batch at once, every problem at its own pace.
 
 No solver asks the host for a number on a GPU: problems that are done stand still behind a mask, and
 the loops have fixed lengths. (On the CPU, where asking costs nothing, they end with the last

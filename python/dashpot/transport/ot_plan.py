@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from dashpot._arrays import public
 from dashpot._dispatch import declare
-from dashpot.transport._problem import random_problem, top_sorted
+from dashpot.transport._problem import as_problem, random_problem, top_sorted
+from dashpot.transport.plans import TopKPlan
 from dashpot.transport.sparse_simplex_projection import threshold
 
 
@@ -65,3 +69,51 @@ OT_PLAN = declare(
                     (2, "l2", 40, 37), (2, "negentropy", 33, 37)],
            "bench": [(1, 8, 512, 512), (1, 48, 1024, 32)]},
 )  # fmt: skip
+
+
+@public
+def ot_plan(
+    alpha: Tensor,
+    cost: Tensor,
+    b: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    reg: Literal["negentropy", "l2", "sparse"] = "sparse",
+    gamma: float = 1.0,
+    max_nz: int | None = None,
+) -> TopKPlan:
+    r"""The transport plan that belongs to potentials, as the nonzeros of its columns.
+
+    Without beta the semi-dual's: :math:`t_j = \arg\max \{t\cdot s_j - \Omega(t): t \ge 0,
+    \sum t = b_j\ (, \|t\|_0 \le k)\}`, :math:`s_{ij} = \alpha_i - C_{ij}`, whose column sums are
+    exact; with beta the dual's, :math:`t_j = \nabla\Omega^+(s_j + \beta_j)`.
+
+    Args:
+        alpha: (..., m) potentials of the rows.
+        cost: (..., m, n) float64, float32, bfloat16, float16; +inf forbids a pair. Read once.
+        b: (..., n) column masses; None: uniform, sum 1. The dual has no use for them.
+        beta: (..., n) potentials of the columns: the dual's plan; None: the semi-dual's.
+        reg, gamma, max_nz: as in `ot_semidual_value_grad`.
+
+    Returns:
+        `TopKPlan`: indices int32 and values (..., k, n), of each column the largest first (of
+        negative entropy all rows in their order), -1 and 0 where there are fewer.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    No gradient flows; `regularized_ot(..., differentiable="plan")` has one.
+
+    Source: Sparsity-Constrained Optimal Transport, arXiv 2209.15466.
+    """
+    form = "semi_dual" if beta is None else "dual"
+    extra = {} if beta is None else {"beta": (beta, -1)}
+    problem = as_problem(cost, None, b, reg, gamma, max_nz, alpha=(alpha, -2), **extra)
+    columns = problem.potentials[1] if extra else torch.zeros_like(problem.b)
+    rows, values = OT_PLAN(
+        problem.cost, problem.b, problem.potentials[0], columns, False, reg, problem.gamma,
+        problem.k, form,
+    )  # fmt: skip
+    m, n = cost.shape[-2:]
+    shape = (*problem.batch, problem.k, n)
+    return TopKPlan(rows.reshape(shape), values.reshape(shape), m, n)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot.transport._problem import as_problem, check_tensor
+from dashpot.transport._solve import REGULARIZED_OT
 from dashpot.transport.ot_plan import OT_PLAN
-from dashpot.transport.ot_solve import OT_SOLVE
 from dashpot.transport.plans import TopKPlan
 
 SOLVERS = ("auto", "adam", "lbfgs", "newton", "sinkhorn")
@@ -39,7 +39,7 @@ class OTResult(NamedTuple):
 
 def _solver_of(solver: str, reg: str, formulation: str, active: bool) -> str:
     """auto: Sinkhorn for negative entropy (which the dual lacks), L-BFGS where the function is
-    smooth, and what ot_solve calls "auto" where k bounds the columns."""
+    smooth, and what regularized_ot calls "auto" where k bounds the columns."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     if solver == "sinkhorn" and (reg != "negentropy" or formulation != "semi_dual"):
@@ -227,8 +227,8 @@ def regularized_ot(
             until the end.
         solver: "adam" (the router's recipe, `lr`), "lbfgs", "newton" (l2 or no bound),
             "sinkhorn" (negentropy), "auto": sinkhorn, lbfgs, or for a bound that is active lbfgs
-            and then the smoothed dual with falling smoothing, which passes the kinks where L-BFGS
-            stops (from the start where columns are few, as in a router).
+            and, where it stands still at a kink, the smoothed dual with falling smoothing (that
+            from the start where columns are few, as in a router).
         max_iter: steps at most, 500 as in POT.
         tol: marginal error per mass (L1) at which a problem stops, and the distance of `tied`.
         init: alpha, or for the dual (alpha, beta), where to start; None: 0 (the dual: alpha 0 and
@@ -290,7 +290,7 @@ def regularized_ot(
         how = _solver_of(solver, reg, formulation, reg == "sparse" and problem.k < free.shape[1])
         if formulation == "dual" and not has_beta:
             beta = _eliminated(detached, free, bound, alpha, by_rows, reg, problem)
-        alpha, beta, value, free_error, bound_error, gap, counts = OT_SOLVE(
+        alpha, beta, value, free_error, bound_error, gap, counts = REGULARIZED_OT(
             detached, free.detach(), bound.detach(), alpha, beta, by_rows, reg, problem.gamma,
             problem.k, formulation, how, max_iter, float(tol), float(smoothing), float(lr),
         )  # fmt: skip
@@ -327,7 +327,7 @@ def regularized_ot(
 
 def _eliminated(cost, a, b, alpha, by_rows, reg, problem) -> Tensor:
     """beta of the semi-dual at alpha, where the dual starts: one step of nothing."""
-    found = OT_SOLVE(
+    found = REGULARIZED_OT(
         cost, a.detach(), b.detach(), alpha, torch.zeros_like(b), by_rows, reg, problem.gamma,
         problem.k, "semi_dual", "adam", 0, 0.0, 0.0, 0.0,
     )  # fmt: skip

@@ -1,5 +1,5 @@
-// ot_solve: cost (B, m, n), or (B, n, m) with by_rows, a (B, m), b (B, n), alpha (B, m), beta (B,
-// n)
+// regularized_ot: cost (B, m, n), or (B, n, m) with by_rows, a (B, m), b (B, n), alpha (B, m), beta
+// (B, n)
 // -> the potentials found, value (B,), row_error, col_error (B, 2) in L1 and Linf, gap (B,) and
 // counts (B, 4): iterations, evaluations, tied columns, status. A whole solve per problem
 // (solve.h): a batch is divided over threads by problems, a single problem by columns.
@@ -19,10 +19,11 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 // A problem whose evaluations take some microseconds is not worth a second thread.
 inline constexpr int64_t kShared = 1 << 16;
 
-Outputs ot_solve_forward(const Tensor& cost, const Tensor& a, const Tensor& b, const Tensor& alpha,
-                         const Tensor& beta, bool by_rows, const std::string& reg, double gamma,
-                         int64_t max_nz, const std::string& formulation, const std::string& solver,
-                         int64_t max_iter, double tol, double smoothing, double lr) {
+Outputs regularized_ot_forward(const Tensor& cost, const Tensor& a, const Tensor& b,
+                               const Tensor& alpha, const Tensor& beta, bool by_rows,
+                               const std::string& reg, double gamma, int64_t max_nz,
+                               const std::string& formulation, const std::string& solver,
+                               int64_t max_iter, double tol, double smoothing, double lr) {
   const int64_t batch = cost.size(0), m = a.size(1), n = b.size(1);
   const Settings settings{{m, n, max_nz, gamma, reg_of(reg), formulation == "dual"},
                           solver_of(solver),
@@ -66,16 +67,16 @@ Outputs ot_solve_forward(const Tensor& cost, const Tensor& a, const Tensor& b, c
   return out;
 }
 
-std::optional<std::string> ot_solve_supports(const py::args& args) {
+std::optional<std::string> regularized_ot_supports(const py::args& args) {
   return too_many_rows(py::cast<Tensor>(args[1]).size(1));
 }
 
 #ifdef DASHPOT_CUDA
-Outputs ot_solve_forward_cuda(const Tensor& cost, const Tensor& a, const Tensor& b,
-                              const Tensor& alpha, const Tensor& beta, bool by_rows,
-                              const std::string& reg, double gamma, int64_t max_nz,
-                              const std::string& formulation, const std::string& solver,
-                              int64_t max_iter, double tol, double smoothing, double lr) {
+Outputs regularized_ot_forward_cuda(const Tensor& cost, const Tensor& a, const Tensor& b,
+                                    const Tensor& alpha, const Tensor& beta, bool by_rows,
+                                    const std::string& reg, double gamma, int64_t max_nz,
+                                    const std::string& formulation, const std::string& solver,
+                                    int64_t max_iter, double tol, double smoothing, double lr) {
   const int64_t m = a.size(1), n = b.size(1);
   const Settings settings{{m, n, max_nz, gamma, reg_of(reg), formulation == "dual"},
                           solver_of(solver),
@@ -86,9 +87,9 @@ Outputs ot_solve_forward_cuda(const Tensor& cost, const Tensor& a, const Tensor&
   return solve_on_device(settings, cost, a, b, alpha, beta, by_rows);
 }
 
-std::optional<std::string> ot_solve_supports_cuda(const py::args& args) {
+std::optional<std::string> regularized_ot_supports_cuda(const py::args& args) {
   const Tensor a = py::cast<Tensor>(args[1]), b = py::cast<Tensor>(args[2]);
-  if (const auto reason = ot_solve_supports(args)) return reason;
+  if (const auto reason = regularized_ot_supports(args)) return reason;
   if (py::cast<std::string>(args[10]) == "newton") return "has no Newton's method";
   return too_long_for_a_block(py::cast<Tensor>(args[0]), a.size(1), b.size(1));
 }
@@ -97,11 +98,11 @@ std::optional<std::string> ot_solve_supports_cuda(const py::args& args) {
 }  // namespace
 
 DASHPOT_BIND(m) {
-  m.def("ot_solve_forward", &ot_solve_forward);
-  m.def("ot_solve_supports", &ot_solve_supports);
+  m.def("regularized_ot_forward", &regularized_ot_forward);
+  m.def("regularized_ot_supports", &regularized_ot_supports);
 #ifdef DASHPOT_CUDA
-  m.def("ot_solve_forward_cuda", &ot_solve_forward_cuda);
-  m.def("ot_solve_supports_cuda", &ot_solve_supports_cuda);
+  m.def("regularized_ot_forward_cuda", &regularized_ot_forward_cuda);
+  m.def("regularized_ot_supports_cuda", &regularized_ot_supports_cuda);
 #endif
 }
 

@@ -1,5 +1,5 @@
-// ot_solve on CUDA: the whole solve of a problem by one block, a batch in one launch (solve.cuh).
-// Nothing is read by the host: each block stops when its own problem is done.
+// regularized_ot on CUDA: the whole solve of a problem by one block, a batch in one launch
+// (solve.cuh). Nothing is read by the host: each block stops when its own problem is done.
 #include "transport/cuda.h"
 #include "transport/solve.cuh"
 
@@ -23,7 +23,7 @@ enum class Keep { kNothing, kScores, kCost };
 
 template <class T, class C, int L>
 __global__ void __launch_bounds__(kThreads, 1)
-    ot_solve_kernel(CudaSolve solve, Keep keep, int64_t vectors) {
+    regularized_ot_kernel(CudaSolve solve, Keep keep, int64_t vectors) {
   using Function = BlockFunction<T, C, L>;
   using TileLists = typename Function::TileLists;
   constexpr int kColumns = Function::kColumns;
@@ -103,7 +103,7 @@ void run(const CudaSolve& solve, int64_t limit, cudaStream_t stream) {
   const int64_t kept = keep == Keep::kCost     ? layout.cost
                        : keep == Keep::kScores ? layout.scores
                                                : 0;
-  launch(&ot_solve_kernel<T, C, L>, dim3(static_cast<unsigned>(solve.batch)), dim3(kThreads),
+  launch(&regularized_ot_kernel<T, C, L>, dim3(static_cast<unsigned>(solve.batch)), dim3(kThreads),
          layout.vectors + kept, stream, solve, keep, layout.vectors);
 }
 
