@@ -98,3 +98,18 @@ def test_colors_of_two_photographs(color_run, tmp_path, capsys):
     plan = source.masses[:, None] * target.masses  # every colour becomes the target's mean colour
     got = color_run.recolored(source, target, plan)
     assert (got - target.masses @ target.colors).abs().max().item() < 1e-12
+
+
+@pytest.mark.peers
+def test_solves_reach_pots_value(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("bench.models.ot_solvers")
+    file = tmp_path / "results.json"
+    module.main(["--small", "--threads", "1", "--json", str(file)])
+    rows = [entry["extra_info"] for entry in json.loads(file.read_text())["benchmarks"]]
+    found = {(row["line"], row["column"]): row["value"] for row in rows}
+    for k in (2, 8):
+        title = f"64 x 64, k = {k}"
+        assert found[title, "dashpot, value"] >= found[title, "POT, value"]
+        assert found[title, "steps"] <= 500
+    assert "| 64 x 64, k = 8 |" in capsys.readouterr().out

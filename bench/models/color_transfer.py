@@ -8,9 +8,9 @@ becomes the mean of the target's colours, weighted by its row of the plan (a row
 its colour).
 
 Contenders: dashpot's semi-dual by its own choice of solver (auto) and by L-BFGS, and POT's
-smooth_ot_semi_dual, all float64, 500 iterations, stop 1e-9, one thread. What is printed: the
-semi-dual's value (higher is better), nonzeros, the L1 error of the rows, and milliseconds (median
-of ROUNDS runs).
+smooth_ot_semi_dual, all float64, stop 1e-9, one thread; POT's 500 iterations, ours up to 2000, for
+the question is the time to the same or a better value. What is printed: the semi-dual's value
+(higher is better), nonzeros, the L1 error of the rows, and milliseconds (median of ROUNDS runs).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torch import Tensor
 from bench import peers
 from bench.report import tables
 
-COLORS, GAMMA, ROUNDS = 256, 1.0, 3
+COLORS, GAMMA, ROUNDS, STEPS = 256, 1.0, 3, 2000
 FITTED = 10_000  # pixels that k-means sees
 ALL_K = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -75,7 +75,7 @@ def palette(name: str, count: int) -> Palette:
 def ours(solver: str) -> Callable[..., tuple[Tensor, Tensor]]:
     def solve(cost: Tensor, a: Tensor, b: Tensor, k: int) -> tuple[Tensor, Tensor]:
         result = dashpot.regularized_ot(
-            cost, a, b, max_nz=k, gamma=GAMMA, solver=solver, max_iter=500, tol=1e-9, plan="dense"
+            cost, a, b, max_nz=k, gamma=GAMMA, solver=solver, max_iter=STEPS, tol=1e-9, plan="dense"
         )
         return result.plan, result.alpha
 
