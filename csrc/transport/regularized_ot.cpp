@@ -68,6 +68,7 @@ Outputs regularized_ot_forward(const Tensor& cost, const Tensor& a, const Tensor
 }
 
 std::optional<std::string> regularized_ot_supports(const py::args& args) {
+  if (py::cast<std::string>(args[10]) == "newton") return "has no Newton's method";
   return too_many_rows(py::cast<Tensor>(args[1]).size(1));
 }
 
@@ -90,7 +91,6 @@ Outputs regularized_ot_forward_cuda(const Tensor& cost, const Tensor& a, const T
 std::optional<std::string> regularized_ot_supports_cuda(const py::args& args) {
   const Tensor a = py::cast<Tensor>(args[1]), b = py::cast<Tensor>(args[2]);
   if (const auto reason = regularized_ot_supports(args)) return reason;
-  if (py::cast<std::string>(args[10]) == "newton") return "has no Newton's method";
   return too_long_for_a_block(py::cast<Tensor>(args[0]), a.size(1), b.size(1));
 }
 #endif

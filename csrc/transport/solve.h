@@ -20,7 +20,6 @@ namespace dashpot::transport {
 inline Solver solver_of(const std::string& name) {
   return name == "adam"       ? Solver::kAdam
          : name == "lbfgs"    ? Solver::kLbfgs
-         : name == "newton"   ? Solver::kNewton
          : name == "sinkhorn" ? Solver::kSinkhorn
                               : Solver::kAuto;
 }

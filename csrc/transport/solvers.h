@@ -17,7 +17,7 @@
 
 namespace dashpot::transport {
 
-enum class Solver { kAuto, kAdam, kLbfgs, kNewton, kSinkhorn };
+enum class Solver { kAuto, kAdam, kLbfgs, kSinkhorn };
 
 struct Settings {
   Options options;  // as the result is to be: smoothing 0
