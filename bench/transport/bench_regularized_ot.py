@@ -7,8 +7,9 @@ import torch
 
 OP = "regularized_ot"
 SIZES = {
-    torch.float32: [(1, 32, 256, 16, "adam", 20), (64, 32, 256, 16, "adam", 20),
-                    (1, "negentropy", 512, 512, "sinkhorn", 20)],
+    torch.float32: [(1, 32, "adam", "semi_dual", 20, 256, 16),
+                    (64, 32, "adam", "semi_dual", 20, 256, 16),
+                    (1, "negentropy", "sinkhorn", "semi_dual", 20, 512, 512)],
 }  # fmt: skip
 
 

@@ -35,8 +35,15 @@ class Progress(NamedTuple):
     status: Tensor  # (B,) int32
 
 
+def may_ask(tensor: Tensor) -> bool:
+    """Whether the host may look at a number of the tensor: not on a GPU, which it would wait for,
+    not in a compiled graph, which it would break, and not under torch.func."""
+    asked = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return tensor.device.type == "cpu" and not asked
+
+
 def over(done: Tensor) -> bool:
-    return done.device.type == "cpu" and bool(done.all())
+    return may_ask(done) and bool(done.all())
 
 
 def adam(function: Function, x: Tensor, max_iter: int, tol: float, lr: float) -> Progress:

@@ -206,14 +206,14 @@ def _regularized_ot_fake(cost, a, b, *_):
 
 
 def _regularized_ot_inputs(size, dtype, device, seed):
-    """size (B, k or a regulariser's name, m, n, solver, max_iter)."""
-    *shape, solver, max_iter = size
-    cost, a, b, alpha, beta, reg, k = random_problem(tuple(shape), dtype, device, seed)
+    """size (B, k or a regulariser's name, solver, formulation, max_iter, m, n)."""
+    batch, k, solver, formulation, max_iter, m, n = size
+    cost, a, b, alpha, beta, reg, k = random_problem((batch, k, m, n), dtype, device, seed)
     # A row that no column may take, or a column without mass, belong to the tests of the file.
     cost = torch.where(cost.isinf(), 1.0, cost.float()).to(dtype)
     b = b + 0.5 / b.shape[1]
     b = b / b.sum(1, keepdim=True)
-    return (cost, a, b, 0.1 * alpha, 0.1 * beta, False, reg, 0.5, k, "semi_dual", solver, max_iter,
+    return (cost, a, b, 0.1 * alpha, 0.1 * beta, False, reg, 0.5, k, formulation, solver, max_iter,
             1e-6, 0.0, 1e-2)  # fmt: skip
 
 
@@ -233,7 +233,9 @@ REGULARIZED_OT = declare(
     inputs=_regularized_ot_inputs,
     floor=_regularized_ot_floor,
     # the solvers whose path does not amplify rounding; the others are tested by what they reach
-    sizes={"test": [(1, 1, 1, 1, "adam", 2), (2, "l2", 12, 9, "adam", 5),
-                    (2, 3, 12, 9, "adam", 5), (3, "negentropy", 33, 17, "sinkhorn", 10)],
-           "bench": [(1, 8, 512, 512, "lbfgs", 500), (64, 32, 256, 16, "adam", 20)]},
+    sizes={"test": [(1, 1, "adam", "semi_dual", 2, 1, 1), (2, "l2", "adam", "semi_dual", 5, 12, 9),
+                    (3, "negentropy", "sinkhorn", "semi_dual", 10, 33, 17),
+                    (3, 3, "adam", "dual", 5, 40, 21)],
+           "bench": [(1, 32, "adam", "semi_dual", 20, 256, 16),
+                     (64, 32, "adam", "semi_dual", 20, 256, 16)]},
 )  # fmt: skip

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot.transport._problem import as_problem, check_tensor
+from dashpot.transport._reference_solve import may_ask
 from dashpot.transport._solve import REGULARIZED_OT
 from dashpot.transport.ot_plan import OT_PLAN
 from dashpot.transport.plans import TopKPlan
@@ -59,15 +60,10 @@ def _solver_of(solver: str, reg: str, formulation: str, active: bool) -> str:
     return "auto" if active else "lbfgs"
 
 
-def _may_ask(tensor: Tensor) -> bool:
-    """Whether a number of the tensor may be looked at by the host."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _check_masses(problem) -> None:
     """On the CPU; on a GPU it would wait for the device, in a compiled graph it would break it, and
     row_error tells."""
-    if not _may_ask(problem.cost):
+    if not may_ask(problem.cost):
         return
     for name, mass in (("a", problem.a), ("b", problem.b)):
         if not bool((mass >= 0).all()):
@@ -174,7 +170,7 @@ def _laplacian_solve(weight: Tensor, rows: Tensor, rhs: Tensor, m: int) -> tuple
     direction, norm = scaled, (residual * scaled).sum(1)  # (B,)
     end = norm * torch.finfo(norm.dtype).eps ** 2
     for _ in range(min(CG_STEPS, 2 * residual.shape[1])):
-        if _may_ask(norm) and bool((norm <= end).all()):
+        if may_ask(norm) and bool((norm <= end).all()):
             break
         image = apply(direction)
         bend = (direction * image).sum(1)
