@@ -22,8 +22,12 @@ COST = torch.tensor(
 EVERY = [("sparse", 3), ("l2", None), ("negentropy", None)]
 
 
-@pytest.fixture(params=["cpp", "reference"])
+@pytest.fixture(
+    params=["cpp", "reference", pytest.param("emulator,cpp", marks=pytest.mark.emulator)]
+)
 def kernels_or_not(request):
+    """emulator: the CUDA solvers, which the family's every-op sizes run as far as rounding is not
+    amplified."""
     with dashpot.backend(request.param):
         yield
 
