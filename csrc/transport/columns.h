@@ -428,13 +428,27 @@ struct SolveTile {
   }
 };
 
-// One problem's cost: entry (i, j) at data[i * row + j * column]; one of the strides is 1.
+// A column of costs, entry i at first[i * stride].
+template <class C>
+struct CostColumn {
+  const C* first;
+  int64_t stride;
+  C operator[](int64_t i) const { return first[i * stride]; }
+};
+
+// One problem's cost: entry (i, j) at data[i * row + j * column]; one of the strides is 1. Of
+// points: points.h.
 template <class C>
 struct Cost {
+  using Element = C;
   const C* data;
   int64_t row, column;
   Cost at(int64_t problem, int64_t entries) const {
     return {data + problem * entries, row, column};
+  }
+  CostColumn<C> column_of(int64_t j) const { return {data + j * column, row}; }
+  bool admits(int64_t i, int64_t j) const {
+    return std::isfinite(convert<double>(data[i * row + j * column]));
   }
 };
 

@@ -175,9 +175,7 @@ class Solve {
       if (!(a_[i] > 0)) continue;
       ++rows;
       bool open = false;
-      for (int64_t j = 0; j < options.n && !open; ++j) {
-        open = std::isfinite(convert<T>(cost_.data[i * cost_.row + j * cost_.column]));
-      }
+      for (int64_t j = 0; j < options.n && !open; ++j) open = cost_.admits(i, j);
       if (!open) return true;
     }
     return options.n * options.k < rows;
