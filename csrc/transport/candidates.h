@@ -207,10 +207,10 @@ class Candidates {
   void refresh(const Options& options, const Cost<C>& cost, const T* alpha, int64_t j,
                int32_t* rows, T* costs, int64_t lanes, T* v) {
     const int64_t m = options.m;
-    const C* const entries = cost.data + j * cost.column;
+    const auto entries = cost.column_of(j);
     T low = std::numeric_limits<T>::infinity(), high = -low;
     for (int64_t i = 0; i < m; ++i) {
-      v[i] = alpha[i] - convert<T>(entries[i * cost.row]);
+      v[i] = alpha[i] - convert<T>(entries[i]);
       high = std::max(high, v[i]);
       if (std::isfinite(v[i])) low = std::min(low, v[i]);
     }
@@ -230,7 +230,7 @@ class Candidates {
     for (int64_t i = 0; i < m; ++i) {
       if (!(v[i] > level)) continue;
       rows[q * lanes] = static_cast<int32_t>(i);
-      costs[q++ * lanes] = convert<T>(entries[i * cost.row]);
+      costs[q++ * lanes] = convert<T>(entries[i]);
     }
     for (; q < places_; ++q) {
       rows[q * lanes] = 0;

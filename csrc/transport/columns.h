@@ -95,21 +95,19 @@ DASHPOT_INLINE void largest(const T* scores, int64_t m, Vec<T, isa>* top) {
   }
 }
 
+// What is chosen of columns whose K + 1 largest scores are `top`.
 template <int K, class T, Isa isa>
-DASHPOT_INLINE Choice<T, isa> choose_listed(const Tile<T>& tile) {
+DASHPOT_INLINE Choice<T, isa> choose_of(const Vec<T, isa>* top, Vec<T, isa> budget, bool dual) {
   using V = Vec<T, isa>;
   const V lowest = fill<T, isa>(-std::numeric_limits<T>::infinity());
   const V zero = {}, one = zero + T(1);
-  V top[K + 1];
-  largest<K, T, isa>(tile.scores, tile.m, top);
   Choice<T, isa> found;
-  if (tile.dual) {
+  if (dual) {
     found.theta = zero;
     found.bound = top[K - 1] > zero ? top[K - 1] : zero;
     found.tied = (top[K] == top[K - 1]) & (top[K] > zero) ? one : zero;
     return found;
   }
-  const V budget = tile.gamma * load<T, isa>(tile.mass);
   V total = zero;
   Mask<T, isa> full = zero > zero;
   found.theta = top[0];
@@ -123,6 +121,13 @@ DASHPOT_INLINE Choice<T, isa> choose_listed(const Tile<T>& tile) {
   found.bound = top[0] == lowest ? -lowest : found.bound;  // nothing can be chosen
   found.tied = full & (top[K] == top[K - 1]) ? one : zero;
   return found;
+}
+
+template <int K, class T, Isa isa>
+DASHPOT_INLINE Choice<T, isa> choose_listed(const Tile<T>& tile) {
+  Vec<T, isa> top[K + 1];
+  largest<K, T, isa>(tile.scores, tile.m, top);
+  return choose_of<K, T, isa>(top, tile.gamma * load<T, isa>(tile.mass), tile.dual);
 }
 
 // Over the scores above `level`: sum (s - level) and their number.
@@ -434,19 +439,39 @@ struct SolveTile {
   }
 };
 
-// One problem's cost: entry (i, j) at data[i * row + j * column]; one of the strides is 1.
+// A column of costs, entry i at first[i * stride].
+template <class C>
+struct CostColumn {
+  const C* first;
+  int64_t stride;
+  C operator[](int64_t i) const { return first[i * stride]; }
+};
+
+// One problem's cost: entry (i, j) at data[i * row + j * column]; one of the strides is 1. Of
+// points: points.h.
 template <class C>
 struct Cost {
+  using Element = C;
   const C* data;
   int64_t row, column;
   Cost at(int64_t problem, int64_t entries) const {
     return {data + problem * entries, row, column};
+  }
+  CostColumn<C> column_of(int64_t j) const { return {data + j * column, row}; }
+  // The rows from the given one on.
+  Cost from_row(int64_t i) const { return {data + i * row, row, column}; }
+  // Whether rows lie one after another, and the l-th of those that do: a row, or a column.
+  bool by_rows() const { return column == 1; }
+  const C* line(int64_t l, int64_t length) const { return data + l * length; }
+  bool admits(int64_t i, int64_t j) const {
+    return std::isfinite(convert<double>(data[i * row + j * column]));
   }
 };
 
 // Tiles whose scores are formed together: neighbours in memory, so that a row's cache lines and its
 // page serve all of them.
 inline constexpr int kGroup = 4;
+inline constexpr int64_t kAhead = 16;  // rows fetched ahead: each lies in a page of its own
 
 // Scores of the columns [first, first + live) as kGroup tiles (kGroup, m, lanes):
 // s_i = alpha_i + shift - C; -inf in the lanes without a column.
@@ -471,6 +496,9 @@ struct FillTiles {
     Vec<T, isa> base[kGroup];
     for (int g = 0; g < kGroup; ++g) base[g] = load<T, isa>(shift + g * kWidth);
     for (int64_t i = 0; i < m; ++i) {
+      for (int64_t at = 0; at < live; at += 64 / static_cast<int64_t>(sizeof(C))) {
+        __builtin_prefetch(cost + (i + kAhead) * stride + at);
+      }
       for (int64_t g = 0; g < whole; ++g) {
         store<T, isa>(scores + (g * m + i) * kWidth,
                       base[g] + alpha[i] - load_as<T, isa>(cost + i * stride + g * kWidth));

@@ -8,7 +8,7 @@
 
 #include "common/parallel.h"
 #include "common/tensor.h"
-#include "transport/columns.h"
+#include "transport/listed.h"
 
 namespace dashpot::transport {
 
@@ -73,10 +73,16 @@ void evaluate(const Options& options, int64_t batch, const T* alpha, const T* be
     const PerColumn<T> found{scratch.column.data() + problem * n,
                              level ? level + problem * n : nullptr,
                              tied ? tied + problem * n : nullptr};
-    scratch.values[item] = evaluate_columns<T, C>(
-        options, alpha + problem * m, beta ? beta + problem * n : nullptr, b + problem * n,
-        cost.at(problem, m * n), begin, std::min(n, begin + width),
-        scratch.row_sums.data() + item * m, found, [](const Tile<T>&, int64_t, int64_t) {});
+    const T* const shift = beta ? beta + problem * n : nullptr;
+    const auto run = [&](auto columns, const auto&... visit) {
+      return columns(options, alpha + problem * m, shift, b + problem * n, cost.at(problem, m * n),
+                     begin, std::min(n, begin + width), scratch.row_sums.data() + item * m, found,
+                     visit...);
+    };
+    const auto unseen = [](const Tile<T>&, int64_t, int64_t) {};
+    scratch.values[item] = listed_in_one_pass(options)
+                               ? run(&evaluate_listed<T, C>)
+                               : run(&evaluate_columns<T, C, decltype(unseen)>, unseen);
   });
   for (int64_t p = 0; p < batch; ++p) {
     finish(options, alpha + p * m, beta ? beta + p * n : nullptr, a + p * m, b + p * n,

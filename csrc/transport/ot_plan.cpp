@@ -1,6 +1,7 @@
-// ot_plan: cost (B, m, n), or (B, n, m) with by_rows, b, beta (B, n), alpha (B, m) -> rows, values
-// (B, k, n): each column's nonzeros, descending, -1 and 0 beyond them. One read of the cost: the
-// columns' thresholds (columns.h), then the scores above them.
+// ot_plan: cost (B, m, n), or (B, n, m) with by_rows, or x (B, m, d) with y (B, n, d), b, beta
+// (B, n), alpha (B, m) -> rows, values (B, k, n): each column's nonzeros, descending, -1 and 0
+// beyond them. One read of the cost: the columns' thresholds (columns.h), then the scores above
+// them.
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -8,6 +9,7 @@
 
 #include "common/bind.h"
 #include "transport/evaluate.h"
+#include "transport/points.h"
 
 namespace dashpot::transport {
 namespace {
@@ -51,18 +53,18 @@ void write_column(const Options& options, const Tile<T>& tile, int64_t lane, int
 std::tuple<Tensor, Tensor> ot_plan_forward(const Tensor& cost, const Tensor& b, const Tensor& alpha,
                                            const Tensor& beta, bool by_rows, const std::string& reg,
                                            double gamma, int64_t max_nz,
-                                           const std::string& formulation) {
+                                           const std::string& formulation,
+                                           const std::optional<Tensor>& y,
+                                           const std::string& metric) {
   const int64_t batch = cost.size(0), m = alpha.size(1), n = b.size(1);
   const Options options{m, n, max_nz, gamma, reg_of(reg), formulation == "dual"};
   const std::tuple<Tensor, Tensor> out{b.new_empty({batch, max_nz, n}, Dtype::kInt32),
                                        b.new_empty({batch, max_nz, n}, b.dtype)};
   const auto& [rows, values] = out;
   const int threads = num_threads();
-  const py::gil_scoped_release release;
-  dispatch_floating(cost.dtype, [&](auto element) {
-    using C = decltype(element);
-    using T = std::conditional_t<std::is_same_v<C, double>, double, float>;
-    const Cost<C> all{cost.as<C>(), by_rows ? 1 : n, by_rows ? m : 1};
+  with_cost(cost, y, metric, m, n, by_rows, false, [&](const auto& all) {
+    using C = typename std::decay_t<decltype(all)>::Element;
+    using T = StateOf<C>;
     const int64_t width = columns_per_chunk(n), chunks = (n + width - 1) / width;
     const int64_t lanes = vector_bytes(isa()) / sizeof(T);
     parallel_for(batch * chunks, threads, [&](int64_t item) {
@@ -87,7 +89,8 @@ std::tuple<Tensor, Tensor> ot_plan_forward(const Tensor& cost, const Tensor& b, 
 }
 
 std::optional<std::string> ot_plan_supports(const py::args& args) {
-  return too_many_rows(py::cast<Tensor>(args[2]).size(1));
+  return cannot_take(py::cast<Tensor>(args[0]), py::cast<std::optional<Tensor>>(args[9]),
+                     py::cast<Tensor>(args[2]).size(1));
 }
 
 }  // namespace

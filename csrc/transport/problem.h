@@ -6,6 +6,7 @@
 namespace dashpot::transport {
 
 enum class Reg { kNegentropy, kL2, kSparse };
+enum class Metric { kSqeuclidean, kEuclidean, kInner };  // of a cost made from points
 
 inline constexpr int64_t kMaxRows = 1 << 24;  // counts are kept in float32
 

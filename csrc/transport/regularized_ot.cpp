@@ -1,14 +1,15 @@
-// regularized_ot: cost (B, m, n), or (B, n, m) with by_rows, a (B, m), b (B, n), alpha (B, m), beta
-// (B, n)
-// -> the potentials found, value (B,), row_error, col_error (B, 2) in L1 and Linf, gap (B,) and
-// counts (B, 4): iterations, evaluations, tied columns, status. A whole solve per problem
-// (solve.h): a batch is divided over threads by problems, a single problem by columns.
+// regularized_ot: cost (B, m, n), or (B, n, m) with by_rows, or x (B, m, d) with y (B, n, d), a,
+// alpha (B, m), b, beta (B, n) -> the potentials found, value (B,), row_error, col_error (B, 2) in
+// L1 and Linf, gap (B,) and counts (B, 4): iterations, evaluations, tied columns, status. A whole
+// solve per problem (solve.h): a batch is divided over threads by problems, a single problem by
+// columns.
 #include <optional>
 #include <string>
 #include <tuple>
 
 #include "common/bind.h"
 #include "transport/cuda_binding.h"
+#include "transport/points.h"
 #include "transport/solve.h"
 
 namespace dashpot::transport {
@@ -23,7 +24,8 @@ Outputs regularized_ot_forward(const Tensor& cost, const Tensor& a, const Tensor
                                const Tensor& alpha, const Tensor& beta, bool by_rows,
                                const std::string& reg, double gamma, int64_t max_nz,
                                const std::string& formulation, const std::string& solver,
-                               int64_t max_iter, double tol, double smoothing, double lr) {
+                               int64_t max_iter, double tol, double smoothing, double lr,
+                               const std::optional<Tensor>& points, const std::string& metric) {
   const int64_t batch = cost.size(0), m = a.size(1), n = b.size(1);
   const Settings settings{{m, n, max_nz, gamma, reg_of(reg), formulation == "dual"},
                           solver_of(solver),
@@ -37,11 +39,9 @@ Outputs regularized_ot_forward(const Tensor& cost, const Tensor& a, const Tensor
                     a.new_empty({batch, 4}, Dtype::kInt32)};
   const auto& [to_alpha, to_beta, value, row_error, col_error, gap, counts] = out;
   const int threads = num_threads();
-  const py::gil_scoped_release release;
-  dispatch_floating(cost.dtype, [&](auto element) {
-    using C = decltype(element);
-    using T = std::conditional_t<std::is_same_v<C, double>, double, float>;
-    const Cost<C> all{cost.as<C>(), by_rows ? 1 : n, by_rows ? m : 1};
+  with_cost(cost, points, metric, m, n, by_rows, true, [&](const auto& all) {
+    using C = typename std::decay_t<decltype(all)>::Element;
+    using T = StateOf<C>;
     const bool shared = batch < threads && m * n >= kShared;
     parallel_for(batch, shared ? 1 : threads, [&](int64_t p) {
       std::vector<double> x(alpha.as<T>() + p * m, alpha.as<T>() + (p + 1) * m);
@@ -68,7 +68,8 @@ Outputs regularized_ot_forward(const Tensor& cost, const Tensor& a, const Tensor
 }
 
 std::optional<std::string> regularized_ot_supports(const py::args& args) {
-  return too_many_rows(py::cast<Tensor>(args[1]).size(1));
+  return cannot_take(py::cast<Tensor>(args[0]), py::cast<std::optional<Tensor>>(args[15]),
+                     py::cast<Tensor>(args[1]).size(1));
 }
 
 #ifdef DASHPOT_CUDA
@@ -76,7 +77,9 @@ Outputs regularized_ot_forward_cuda(const Tensor& cost, const Tensor& a, const T
                                     const Tensor& alpha, const Tensor& beta, bool by_rows,
                                     const std::string& reg, double gamma, int64_t max_nz,
                                     const std::string& formulation, const std::string& solver,
-                                    int64_t max_iter, double tol, double smoothing, double lr) {
+                                    int64_t max_iter, double tol, double smoothing, double lr,
+                                    const std::optional<Tensor>& points,
+                                    const std::string& metric) {
   const int64_t m = a.size(1), n = b.size(1);
   const Settings settings{{m, n, max_nz, gamma, reg_of(reg), formulation == "dual"},
                           solver_of(solver),

@@ -85,11 +85,17 @@ class Negated {
   // What Newton's method asks of the l2 semi-dual, see newton.h.
   void soften(double gamma) { options_.gamma = gamma; }
   double spread() const {
+    const bool by_rows = cost_.by_rows();
+    const int64_t lines = by_rows ? options_.m : options_.n;
+    const int64_t length = by_rows ? options_.n : options_.m;
     double low = INFINITY, high = -INFINITY;
-    for (int64_t e = 0; e < options_.m * options_.n; ++e) {
-      const double value = convert<double>(cost_.data[e]);
-      if (value < low) low = value;
-      if (value > high && value < INFINITY) high = value;
+    for (int64_t l = 0; l < lines; ++l) {
+      const auto* const line = cost_.line(l, length);
+      for (int64_t c = 0; c < length; ++c) {
+        const double value = convert<T>(line[c]);
+        low = value < low ? value : low;
+        high = value > high && value < INFINITY ? value : high;
+      }
     }
     return high >= low ? high - low : 0;
   }
@@ -201,9 +207,7 @@ class Solve {
       if (!(a_[i] > 0)) continue;
       ++rows;
       bool open = false;
-      for (int64_t j = 0; j < options.n && !open; ++j) {
-        open = std::isfinite(convert<T>(cost_.data[i * cost_.row + j * cost_.column]));
-      }
+      for (int64_t j = 0; j < options.n && !open; ++j) open = cost_.admits(i, j);
       if (!open) return true;
     }
     return options.n * options.k < rows;

@@ -2,14 +2,16 @@
 //
 //     H d = (diag(W 1) d - W diag(1 / r) W^T d) / gamma,   r = W^T 1
 //
-// Entries are listed along the cost's memory: per line (a row, or a column where columns lie one
-// after another) the places in it. One read of the cost, then O(entries) per product.
+// Entries are listed along the cost's memory: per line (a row; a column where columns lie one after
+// another or are made from points) the places in it. One read of the cost, then O(entries) per
+// product.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "common/parallel.h"
@@ -18,11 +20,11 @@
 namespace dashpot::transport {
 
 // Places c of a line where own + other_c - cost_c > 0, appended to `to`.
-template <class T, class C>
+template <class T, class E>
 struct ListLine {
   static constexpr int kTogether = 4;  // vectors looked at together: most hold nothing
   template <Isa isa>
-  static DASHPOT_INLINE void run(T own, const T* other, const C* cost, int64_t length,
+  static DASHPOT_INLINE void run(T own, const T* other, const E* cost, int64_t length,
                                  std::vector<int32_t>* to) {
     constexpr int kWidth = kLanes<T, isa>, kStep = kTogether * kWidth;
     const auto look = [&](int64_t begin, int64_t end) {
@@ -50,7 +52,7 @@ class Support {
   // At alpha (m,), beta (n,) = -theta.
   void list(const Options& options, const Cost<C>& cost, const T* alpha, const double* beta,
             int threads) {
-    by_rows_ = cost.column == 1;
+    by_rows_ = cost.by_rows();
     m_ = options.m, n_ = options.n, gamma_ = options.gamma;
     beta_.resize(n_);
     for (int64_t j = 0; j < n_; ++j) {  // not finite: nothing can be chosen
@@ -66,7 +68,9 @@ class Support {
       chunk.places.clear();
       chunk.ends.clear();
       for (int64_t l = item * kChunk; l < std::min(lines, (item + 1) * kChunk); ++l) {
-        run_on_isa<ListLine<T, C>>(own[l], other, cost.data + l * length, length, &chunk.places);
+        const auto line = cost.line(l, length);
+        using E = std::remove_const_t<std::remove_pointer_t<decltype(line)>>;
+        run_on_isa<ListLine<T, E>>(own[l], other, line, length, &chunk.places);
         chunk.ends.push_back(static_cast<int64_t>(chunk.places.size()));
       }
     });

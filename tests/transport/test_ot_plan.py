@@ -11,7 +11,7 @@ pytestmark = pytest.mark.usefixtures("backend64")
 def plan(cost, b, alpha, beta=None, by_rows=False, reg="sparse", gamma=0.5, k=2, form="semi_dual"):
     beta = torch.zeros_like(b) if beta is None else beta
     rows, values = OT_PLAN(
-        cost[None], b[None], alpha[None], beta[None], by_rows, reg, gamma, k, form
+        cost[None], b[None], alpha[None], beta[None], by_rows, reg, gamma, k, form, None, ""
     )
     return rows[0], values[0]
 

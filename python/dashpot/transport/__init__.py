@@ -8,9 +8,11 @@ the bound ||t_j||_0 <= k. Both duals are concave and cost one read of C per eval
     ot_dual_value_grad        alpha (m,), beta (n,): both marginals are met at the maximum
     ot_semidual_value_grad    alpha (m,): beta is eliminated, column sums are exact always
     sparse_simplex_projection what a column of the semi-dual's plan is: a k-sparse projection
+    ot_value_grad             either, also of points (the cost is never stored) and smoothed
     ot_plan                   the nonzeros of the plan that belongs to potentials
 
-`regularized_ot` maximises either, for a batch of problems in one call.
+`regularized_ot` maximises either, for a batch of problems in one call; `regularized_ot_points` does
+so for clouds of points.
 """
 
 from dashpot.transport._solve import REGULARIZED_OT
@@ -20,8 +22,10 @@ from dashpot.transport.ot_semidual_value_grad import (
     OT_SEMIDUAL_VALUE_GRAD,
     ot_semidual_value_grad,
 )
+from dashpot.transport.ot_value_grad import OT_VALUE_GRAD, ot_value_grad
 from dashpot.transport.plans import TopKPlan
 from dashpot.transport.regularized_ot import OTResult, regularized_ot
+from dashpot.transport.regularized_ot_points import regularized_ot_points
 from dashpot.transport.router import Routes, SparseOTRouter
 from dashpot.transport.smooth import smooth_ot_dual, smooth_ot_semi_dual
 from dashpot.transport.sparse_simplex_projection import (
@@ -31,8 +35,8 @@ from dashpot.transport.sparse_simplex_projection import (
 
 __all__ = [
     "OTResult", "Routes", "SparseOTRouter", "TopKPlan", "ot_dual_value_grad", "ot_plan",
-    "ot_semidual_value_grad", "regularized_ot", "smooth_ot_dual", "smooth_ot_semi_dual",
-    "sparse_simplex_projection",
+    "ot_semidual_value_grad", "ot_value_grad", "regularized_ot", "regularized_ot_points",
+    "smooth_ot_dual", "smooth_ot_semi_dual", "sparse_simplex_projection",
 ]  # fmt: skip
 # Not functions of tensors: left out of dashpot.functional.
 TOOLS = (
@@ -43,6 +47,7 @@ OPS = (
     SPARSE_SIMPLEX_PROJECTION,
     OT_SEMIDUAL_VALUE_GRAD,
     OT_DUAL_VALUE_GRAD,
+    OT_VALUE_GRAD,
     REGULARIZED_OT,
     OT_PLAN,
 )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 REGULARIZERS = ("negentropy", "l2", "sparse")
+METRICS = ("sqeuclidean", "euclidean", "inner")  # of a cost that kernels make from points
 
 
 def check_tensor(value, name: str) -> None:
@@ -46,8 +47,8 @@ def check_gamma(gamma) -> float:
 
 
 class Problem(NamedTuple):
-    """A batch of problems after the checks. cost (B, m, n); a (B, m), b (B, n) and the potentials
-    in the state dtype; batch: the caller's leading shape."""
+    """A batch of problems after the checks. cost (B, m, n), or points (B, m, d); a (B, m), b (B, n)
+    and the potentials in the state dtype; batch: the caller's leading shape."""
 
     cost: Tensor
     a: Tensor
@@ -69,21 +70,52 @@ def as_problem(
     m, n = cost.shape[-2:]
     if m == 0 or n == 0:
         raise ValueError(f"cost: expected m and n of at least 1, got {tuple(cost.shape)}")
+    return _checked(
+        cost.reshape(-1, m, n).contiguous(), cost.shape, a, b, reg, gamma, max_nz, along, potentials
+    )
+
+
+def as_problem_of_points(
+    x, y, a, b, reg, gamma, max_nz, along: int = -2, **potentials: tuple[Tensor, int]
+) -> tuple[Problem, Tensor]:
+    """The problem with x (B, m, d) in the place of the cost, and y (B, n, d), both in the state
+    dtype: as `as_problem`, for the cost that a metric makes of them."""
+    for name, points, count in (("x", x, "m"), ("y", y, "n")):
+        check_tensor(points, name)
+        if points.dim() < 2 or 0 in points.shape[-2:]:
+            raise ValueError(
+                f"{name}: expected (..., {count}, d) with {count} and d of at least 1, "
+                f"got {tuple(points.shape)}"
+            )
+    want = (*x.shape[:-2], y.shape[-2], x.shape[-1])
+    if y.shape != want or y.device != x.device or y.dtype != x.dtype:
+        raise ValueError(
+            f"y: expected {want} in {x.dtype} on {x.device}, "
+            f"got {tuple(y.shape)} in {y.dtype} on {y.device}"
+        )
+    shape = torch.Size((*x.shape[:-1], y.shape[-2]))
+    wide = [points.to(state_dtype(x)).reshape(-1, *points.shape[-2:]) for points in (x, y)]
+    problem = _checked(wide[0].contiguous(), shape, a, b, reg, gamma, max_nz, along, potentials)
+    return problem, wide[1].contiguous()
+
+
+def _checked(cost, shape, a, b, reg, gamma, max_nz, along, potentials) -> Problem:
+    """shape: (..., m, n) of the problem, whatever cost is made from."""
     if reg not in REGULARIZERS:
         raise ValueError(f"reg: expected one of {', '.join(REGULARIZERS)}, got {reg!r}")
     if reg == "sparse":
         if max_nz is None:
             raise ValueError('max_nz: expected an int for reg="sparse", got None')
-        k = check_max_nz(max_nz, cost.shape[along])
+        k = check_max_nz(max_nz, shape[along])
     elif max_nz is not None:
         raise ValueError(f"max_nz: expected None for reg={reg!r}, got {max_nz}")
     else:
-        k = cost.shape[along]
+        k = shape[along]
     gamma = check_gamma(gamma)
-    batch, dtype = cost.shape[:-2], state_dtype(cost)
+    batch, dtype = shape[:-2], state_dtype(cost)
 
     def state(value, name: str, axis: int) -> Tensor:
-        length = cost.shape[axis]
+        length = shape[axis]
         if value is None:
             return cost.new_full((batch.numel(), length), 1 / length, dtype=dtype)
         check_tensor(value, name)
@@ -96,10 +128,21 @@ def as_problem(
         return value.reshape(-1, length).to(dtype).contiguous()
 
     return Problem(
-        cost.reshape(-1, m, n).contiguous(), state(a, "a", -2), state(b, "b", -1),
+        cost, state(a, "a", -2), state(b, "b", -1),
         tuple(state(value, name, axis) for name, (value, axis) in potentials.items()),
         batch, gamma, k,
     )  # fmt: skip
+
+
+def points_cost(x: Tensor, y: Tensor, metric: str) -> Tensor:
+    """C (B, m, n) of x (B, m, d), y (B, n, d): sqeuclidean |x - y|^2, euclidean |x - y|, inner
+    -x.y. Distances from differences, a coordinate at a time: nothing cancels."""
+    if metric == "inner":
+        return -(x @ y.mT)
+    square = sum(
+        (x[:, :, q, None] - y[:, None, :, q]).square() for q in range(x.shape[2])
+    )  # (B, m, n)
+    return square.sqrt() if metric == "euclidean" else square
 
 
 def top_sorted(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -128,3 +171,23 @@ def random_problem(size, dtype, device, seed):
     state = state_dtype(cost)
     a, b = (x / x.sum(-1, keepdim=True) for x in (a, b))
     return (cost, *(x.to(device, state) for x in (a, b, alpha, beta)), reg, k)
+
+
+def random_points(size, dtype, device, seed):
+    """size (B, k or a regulariser's name, d, m, n) -> x (B, m, d), y (B, n, d), a (B, m), b (B, n)
+    not uniform, alpha, beta, all in the state dtype; reg, k."""
+    batch, k, d, m, n = size
+    _, a, b, alpha, beta, reg, k = random_problem((batch, k, m, n), dtype, device, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    x, y = (torch.randn(batch, count, d, generator=generator) / d**0.5 for count in (m, n))
+    x, y = (points.to(device, a.dtype) for points in (x, y + 0.5 / d**0.5))
+    return x, y, a, b, alpha, beta, reg, k
+
+
+def cost_floor(cost: Tensor, b: Tensor, y: Tensor | None) -> tuple[int, int]:
+    """FLOPs and bytes of one pass over a cost (B, m, n), or over points x (B, m, d), y (B, n, d):
+    a difference, a comparison and a sum per entry; two more per coordinate."""
+    if y is None:
+        return 3 * cost.numel(), cost.nbytes
+    pairs = cost.shape[1] * b.numel()
+    return (3 + 2 * cost.shape[2]) * pairs, cost.nbytes + y.nbytes

@@ -231,9 +231,10 @@ def newton(
     return Progress(x, steps, calls, torch.where(status < 0, MAX_ITER, status).int())
 
 
-def smoothed_dual(s: Tensor, gamma: float, k: int, mu: float) -> tuple[Tensor, Tensor]:
-    """Omega+ (B, n) and T (B, m, n) of max {sum theta h - mu/2 theta^2 : 0 <= theta <= 1, sum theta
-    <= k}, h = [s]+^2 / (2 gamma): theta = clip((h - level) / mu, 0, 1), T = theta [s]+ / gamma."""
+def smoothed_dual(s: Tensor, gamma: float, k: int, mu: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Omega+ (B, n), T (B, m, n) and level (B, n) of max {sum theta h - mu/2 theta^2 : 0 <= theta
+    <= 1, sum theta <= k}, h = [s]+^2 / (2 gamma): theta = clip((h - level) / mu, 0, 1), T = theta
+    [s]+ / gamma. mu (B, 1, 1)."""
     positive = s.clamp(min=0)
     h = positive.square() / (2 * gamma)  # (B, m, n)
     low, high = torch.zeros_like(h[:, 0]), h.amax(1)  # (B, n)
@@ -244,4 +245,4 @@ def smoothed_dual(s: Tensor, gamma: float, k: int, mu: float) -> tuple[Tensor, T
         low, high = torch.where(over, middle, low), torch.where(over, high, middle)
     level = torch.where(active, (low + high) / 2, 0)
     theta = ((h - level[:, None]) / mu).clamp(0, 1)
-    return (theta * (h - mu / 2 * theta)).sum(1), theta * positive / gamma
+    return (theta * (h - mu / 2 * theta)).sum(1), theta * positive / gamma, level

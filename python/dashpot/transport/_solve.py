@@ -7,33 +7,62 @@ from torch import Tensor
 
 from dashpot._dispatch import declare
 from dashpot.transport import _reference_solve as solvers
-from dashpot.transport._problem import random_problem
+from dashpot.transport._problem import cost_floor, points_cost, random_points, random_problem
 from dashpot.transport._reference_solve import CONVERGED, INFEASIBLE, MAX_ITER, STALLED, Function
-from dashpot.transport.ot_dual_value_grad import OT_DUAL_VALUE_GRAD, _ot_dual_value_grad_reference
-from dashpot.transport.ot_semidual_value_grad import (
-    OT_SEMIDUAL_VALUE_GRAD,
-    _ot_semidual_value_grad_reference,
-)
+from dashpot.transport.ot_value_grad import OT_VALUE_GRAD, _ot_value_grad_reference
+
+CHUNK = 1 << 24  # entries of the cost that a report looks at together
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    """Where evaluations are the op, hence kernels: on a GPU. Elsewhere they are plain PyTorch,
+    which is what kernels are judged by."""
+    return tensor.is_cuda
 
 
 class _Problem:
-    """What the solvers ask of a batch: cost (B, m, n), a (B, m), b (B, n). On a GPU evaluations are
-    the ops, hence kernels; elsewhere plain PyTorch, which is what kernels are judged by."""
+    """What the solvers ask of a batch: a (B, m), b (B, n), cost (B, m, n), or x (B, m, d) in its
+    place with y (B, n, d): points whose cost no kernel stores."""
 
-    def __init__(self, cost, a, b, reg, gamma, k):
-        self.cost, self.a, self.b, self.reg, self.gamma, self.k = cost, a, b, reg, gamma, k
+    def __init__(self, cost, a, b, reg, gamma, k, y=None, metric=""):
+        self.kernels = _has_kernels(cost)
+        if y is not None and not self.kernels:
+            cost, y, metric = points_cost(cost, y, metric), None, ""
+        self.cost, self.y, self.metric = cost.contiguous() if self.kernels else cost, y, metric
+        self.a, self.b, self.reg, self.gamma, self.k = a, b, reg, gamma, k
         self.m = a.shape[1]
         self.mass = a.sum(1).clamp(min=1e-300 if a.dtype == torch.float64 else 1e-37)  # (B,)
         self.noise = 1e-14 if a.dtype == torch.float64 else 1e-7
-        on_gpu = cost.device.type == "cuda"
-        self._semi = OT_SEMIDUAL_VALUE_GRAD if on_gpu else _ot_semidual_value_grad_reference
-        self._dual = OT_DUAL_VALUE_GRAD if on_gpu else _ot_dual_value_grad_reference
+
+    def _call(self, alpha, beta, cost, y, smoothing, level, reg, gamma, k):
+        call = OT_VALUE_GRAD.forward_op if self.kernels else _ot_value_grad_reference
+        return call(
+            alpha.contiguous(), beta if beta is None else beta.contiguous(), cost, y, self.a,
+            self.b, smoothing, level, self.metric, reg, gamma, k,
+        )  # fmt: skip
+
+    def _evaluate(self, alpha, beta, smoothing=None, level=None):
+        return self._call(
+            alpha, beta, self.cost, self.y, smoothing, level, self.reg, self.gamma, self.k
+        )
 
     def semi_dual(self, alpha):
-        return self._semi(alpha, self.cost, self.a, self.b, self.reg, self.gamma, self.k)
+        return self._evaluate(alpha, None)[:3]
 
     def dual(self, alpha, beta):
-        return self._dual(alpha, beta, self.cost, self.a, self.b, self.reg, self.gamma, self.k)
+        return self._evaluate(alpha, beta)[:3]
+
+    def columns(self):
+        """(the first column, the cost of it and its neighbours (B, m, c)) until all were seen."""
+        n = self.b.shape[1]
+        width = max(1, CHUNK // max(1, self.a.numel()))
+        for first in range(0, n, width):
+            end = min(n, first + width)
+            if self.y is None:
+                cost = self.cost[:, :, first:end]
+            else:
+                cost = points_cost(self.cost, self.y[:, first:end], self.metric)
+            yield first, cost.to(self.a.dtype)
 
     def split(self, x):
         return x[:, : self.m], x[:, self.m :]
@@ -46,12 +75,15 @@ class _Problem:
         value, *grads = self.dual(*self.split(x))
         return -value, -torch.cat(grads, 1)
 
-    def negated_smoothed(self, x, mu):
-        alpha, beta = self.split(x)
-        s = alpha[:, :, None] + beta[:, None] - self.cost.to(self.a.dtype)  # (B, m, n)
-        energy, plan = solvers.smoothed_dual(s, self.gamma, self.k, mu)
-        value = (self.a * alpha).sum(1) + (self.b * beta).sum(1) - energy.sum(1)
-        return -value, -torch.cat([self.a - plan.sum(2), self.b - plan.sum(1)], 1)
+    def negated_smoothed(self, mu):
+        """A function of x for mu (B,): each search for a level starts at the last one's."""
+        last = [None]
+
+        def evaluate(x):
+            value, rows, columns, last[0] = self._evaluate(*self.split(x), mu, last[0])
+            return -value, -torch.cat([rows, columns], 1)
+
+        return evaluate
 
     def error(self, g):
         rows, columns = self.split(g.abs())
@@ -63,17 +95,30 @@ class _Problem:
         scale = scale[:, 0] if isinstance(scale, Tensor) else scale
         return Function(evaluate, self.error, scale, self.noise)
 
+    def _scaled(self, strength):
+        """The problem's cost over strength (B,), as itself or by points."""
+        if self.y is None:
+            return self.cost.to(self.a.dtype) / strength[:, None, None], None
+        unit = strength if self.metric == "euclidean" else strength.sqrt()
+        return self.cost / unit[:, None, None], self.y / unit[:, None, None]
+
+    def _l2(self, alpha, strength):
+        """The semi-dual without a bound at a gamma of each problem's own (B,), that of alpha and
+        the cost over it at gamma 1, times it: value / strength, gradient, beta / strength."""
+        cost, y = self._scaled(strength)
+        return self._call(
+            alpha / strength[:, None], None, cost, y, None, None, "l2", 1.0, self.m
+        )[:3]  # fmt: skip
+
     def negated_l2(self, alpha, strength):
-        """The semi-dual without a bound at a gamma of each problem's own (B,): that of alpha and
-        the cost over it at gamma 1, times it."""
-        unit, cost = strength[:, None], self.cost.to(self.a.dtype) / strength[:, None, None]
-        value, grad, _ = self._semi(alpha / unit, cost, self.a, self.b, "l2", 1.0, self.m)
+        value, grad, _ = self._l2(alpha, strength)
         return -value * strength, -grad
 
     def hessian(self, alpha, strength):
-        """Of negated_l2 (B, m, m), and its part W 1 / gamma (B, m)."""
-        unit, cost = strength[:, None], self.cost.to(self.a.dtype) / strength[:, None, None]
-        _, _, beta = self._semi(alpha / unit, cost, self.a, self.b, "l2", 1.0, self.m)
+        """Of negated_l2 (B, m, m), and its part W 1 / strength (B, m)."""
+        unit = strength[:, None]
+        _, _, beta = self._l2(alpha, strength)
+        cost = torch.cat([cost for _, cost in self.columns()], 2) / unit[:, None]
         s = (alpha / unit)[:, :, None] + beta[:, None] - cost
         support = (s > 0).to(self.a.dtype)  # (B, m, n)
         count = support.sum(1, keepdim=True).clamp(min=1)  # (B, 1, n)
@@ -82,9 +127,12 @@ class _Problem:
         return h / strength[:, None, None], rows / unit
 
     def newton(self, alpha, max_iter, tol):
-        cost = self.cost.to(self.a.dtype).flatten(1)
-        high = torch.where(cost.isfinite(), cost, -torch.inf).amax(1)
-        spread = (high - cost.amin(1)).clamp(min=0)  # (B,)
+        ends = [
+            (torch.where(c.isfinite(), c, -torch.inf).amax((1, 2)), c.amin((1, 2)))
+            for _, c in self.columns()
+        ]
+        high, low = (torch.stack(end) for end in zip(*ends, strict=True))  # (chunks, B)
+        spread = (high.amax(0) - low.amin(0)).clamp(min=0)  # (B,)
         wide = spread / 1024 * self.m * self.b.shape[1] / self.mass
         return solvers.newton(
             self.negated_l2, self.hessian, self.error, alpha, self.gamma, wide, self.noise,
@@ -110,8 +158,7 @@ def _continuation(problem, start, formulation, max_iter, tol, smoothing):
         floor = smoothing if smoothing > 0 else 2e-5 * energy
         mu = torch.maximum(energy * 0.1 ** (stage + 1), torch.as_tensor(floor).to(energy))  # (B,)
         limit = torch.clamp(1e-2 * mu / energy, min=tol)
-        width_mu = mu[:, None, None]
-        function = problem.function(lambda x, mu=width_mu: problem.negated_smoothed(x, mu))
+        function = problem.function(problem.negated_smoothed(mu))
         function = function._replace(error=lambda g, c=limit: problem.error(g) * (tol / c))
         going = status < 0
         if solvers.over(~going):
@@ -137,16 +184,17 @@ def _continuation(problem, start, formulation, max_iter, tol, smoothing):
 def _regularized_ot_reference(
     cost: Tensor, a: Tensor, b: Tensor, alpha: Tensor, beta: Tensor, by_rows: bool, reg: str,
     gamma: float, max_nz: int, formulation: str, solver: str, max_iter: int, tol: float,
-    smoothing: float, lr: float,
+    smoothing: float, lr: float, y: Tensor | None, metric: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Maximise the dual or semi-dual from (alpha, beta).
 
-    cost (B, m, n), with by_rows (B, n, m); a, alpha (B, m), b, beta (B, n) -> alpha (B, m),
-    beta (B, n), value (B,), row_error, col_error (B, 2): L1 and Linf, gap (B,) = primal(T) - dual,
-    counts (B, 4) int32: iterations, evaluations, tied columns, status.
+    cost (B, m, n), with by_rows (B, n, m), or x (B, m, d) with y (B, n, d) and a metric; a, alpha
+    (B, m), b, beta (B, n) -> alpha (B, m), beta (B, n), value (B,), row_error, col_error (B, 2): L1
+    and Linf, gap (B,) = primal(T) - dual, counts (B, 4) int32: iterations, evaluations, tied
+    columns, status.
     """
     cost = cost.mT if by_rows else cost
-    problem = _Problem(cost.contiguous() if cost.is_cuda else cost, a, b, reg, gamma, max_nz)
+    problem = _Problem(cost, a, b, reg, gamma, max_nz, y, metric)
     dual = formulation == "dual"
     x = torch.cat([alpha, beta], 1) if dual else alpha
     function = problem.function(problem.negated_dual if dual else problem.negated_semi_dual)
@@ -206,10 +254,14 @@ def _tied(problem: _Problem, alpha, beta, dual: bool, tol: float) -> Tensor:
     """Columns (B, n) whose k-th and next score tie, this one above the threshold."""
     if problem.reg != "sparse" or problem.k >= problem.m:
         return torch.zeros_like(problem.b, dtype=torch.bool)
-    s = alpha[:, :, None] + (beta[:, None] if dual else 0) - problem.cost.to(problem.a.dtype)
-    top = s.topk(problem.k + 1, dim=1).values[:, -2:]  # (B, 2, n)
-    reach = tol * top[:, 0].abs().clamp(min=1)
-    return (top[:, 1] > (0 if dual else -beta)) & (top[:, 0] - top[:, 1] <= reach)
+    found = []
+    for first, cost in problem.columns():
+        here = beta[:, first : first + cost.shape[2]]  # (B, c)
+        s = alpha[:, :, None] + (here[:, None] if dual else 0) - cost
+        top = s.topk(problem.k + 1, dim=1).values[:, -2:]  # (B, 2, c)
+        reach = tol * top[:, 0].abs().clamp(min=1)
+        found.append((top[:, 1] > (0 if dual else -here)) & (top[:, 0] - top[:, 1] <= reach))
+    return torch.cat(found, 1)
 
 
 def _report(problem: _Problem, run: solvers.Progress, dual: bool, tol: float):
@@ -225,10 +277,10 @@ def _report(problem: _Problem, run: solvers.Progress, dual: bool, tol: float):
         lost = ~beta.isfinite() & (b > 0)  # no row can be chosen; the mass stays away
         columns = torch.where(lost, b, 0)
         gap = -(alpha * rows).sum(1)
-    wide = problem.cost.to(a.dtype)
     tied = _tied(problem, alpha, beta, dual, tol)
-    blocked = ((a > 0) & ~wide.isfinite().any(2)).any(1)
-    blocked = blocked | ((a > 0).sum(1) > b.shape[1] * problem.k)
+    blocked = (a > 0).sum(1) > b.shape[1] * problem.k  # (B,)
+    if problem.y is None:
+        blocked = blocked | ((a > 0) & ~problem.cost.isfinite().any(2)).any(1)
     status = torch.where(lost.any(1) | blocked, INFEASIBLE, run.status)
     counts = torch.stack([run.iterations, run.evaluations + 1, tied.sum(1), status], 1).int()
     errors = [torch.stack([e.abs().sum(1), e.abs().amax(1)], 1) for e in (rows, columns)]
@@ -244,28 +296,36 @@ def _regularized_ot_fake(cost, a, b, *_):
 
 
 def _regularized_ot_inputs(size, dtype, device, seed):
-    """size (B, k or a regulariser's name, solver, formulation, max_iter, m, n)."""
-    batch, k, solver, formulation, max_iter, m, n = size
+    """size (B, k or a regulariser's name, solver, formulation, max_iter, m, n), or of points with
+    metric and d before m."""
+    batch, k, solver, formulation, max_iter, *metric, m, n = size
+    how = formulation, solver, max_iter, 1e-6, 0.0, 1e-2
+    if metric:
+        metric, d = metric
+        x, y, a, b, alpha, beta, reg, k = random_points((batch, k, d, m, n), dtype, device, seed)
+        b = b + 0.5 / n  # a column without mass belongs to the tests of the file
+        b = b / b.sum(1, keepdim=True)
+        return x, a, b, 0.1 * alpha, 0.1 * beta, False, reg, 0.5, k, *how, y, metric
     cost, a, b, alpha, beta, reg, k = random_problem((batch, k, m, n), dtype, device, seed)
     # A row that no column may take, or a column without mass, belong to the tests of the file.
     cost = torch.where(cost.isinf(), 1.0, cost.float()).to(dtype)
     b = b + 0.5 / b.shape[1]
     b = b / b.sum(1, keepdim=True)
-    return (cost, a, b, 0.1 * alpha, 0.1 * beta, False, reg, 0.5, k, formulation, solver, max_iter,
-            1e-6, 0.0, 1e-2)  # fmt: skip
+    return cost, a, b, 0.1 * alpha, 0.1 * beta, False, reg, 0.5, k, *how, None, ""
 
 
 def _regularized_ot_floor(cost, a, b, *rest):
-    """The cost read once: what a solver that kept it on the chip would do."""
-    return cost.nbytes + 3 * (a.nbytes + b.nbytes), 3 * cost.numel()
+    """The cost or the points read once: what a solver that kept them on the chip would do."""
+    flops, read = cost_floor(cost, b, rest[-2])
+    return read + 3 * (a.nbytes + b.nbytes), flops
 
 
 REGULARIZED_OT = declare(
     "regularized_ot",
     forward="(Tensor cost, Tensor a, Tensor b, Tensor alpha, Tensor beta, bool by_rows, str reg,"
     " float gamma, int max_nz, str formulation, str solver, int max_iter, float tol,"
-    " float smoothing, float lr) -> (Tensor alpha_out, Tensor beta_out, Tensor value,"
-    " Tensor row_error, Tensor col_error, Tensor gap, Tensor counts)",
+    " float smoothing, float lr, Tensor? y, str metric) -> (Tensor alpha_out, Tensor beta_out,"
+    " Tensor value, Tensor row_error, Tensor col_error, Tensor gap, Tensor counts)",
     reference=_regularized_ot_reference,
     fake=_regularized_ot_fake,
     inputs=_regularized_ot_inputs,
@@ -273,7 +333,8 @@ REGULARIZED_OT = declare(
     # the solvers whose path does not amplify rounding; the others are tested by what they reach
     sizes={"test": [(1, 1, "adam", "semi_dual", 2, 1, 1), (2, "l2", "adam", "semi_dual", 5, 12, 9),
                     (3, "negentropy", "sinkhorn", "semi_dual", 10, 33, 17),
-                    (3, 3, "adam", "dual", 5, 40, 21)],
+                    (3, 3, "adam", "dual", 5, 40, 21),
+                    (2, 3, "adam", "semi_dual", 5, "sqeuclidean", 3, 40, 21)],
            "bench": [(1, 32, "adam", "semi_dual", 20, 256, 16),
                      (64, 32, "adam", "semi_dual", 20, 256, 16)]},
 )  # fmt: skip

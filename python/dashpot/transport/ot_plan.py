@@ -9,21 +9,30 @@ from torch import Tensor
 
 from dashpot._arrays import public
 from dashpot._dispatch import declare
-from dashpot.transport._problem import as_problem, random_problem, top_sorted
+from dashpot.transport._problem import (
+    as_problem,
+    cost_floor,
+    points_cost,
+    random_points,
+    random_problem,
+    top_sorted,
+)
 from dashpot.transport.plans import TopKPlan
 from dashpot.transport.sparse_simplex_projection import threshold
 
 
 def _ot_plan_reference(
     cost: Tensor, b: Tensor, alpha: Tensor, beta: Tensor, by_rows: bool, reg: str, gamma: float,
-    max_nz: int, formulation: str,
+    max_nz: int, formulation: str, y: Tensor | None, metric: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The k largest entries of each column of T, descending, of equals the lowest row first.
 
-    cost (B, m, n), with by_rows (B, n, m); alpha (B, m), b, beta (B, n) -> rows int32 and values
-    (B, k, n). Places beyond a column's nonzeros: row -1, value 0. semi_dual: the column's own
-    threshold (its sum is b); dual: beta. Negative entropy and no bound: every row, in its order.
+    cost (B, m, n), with by_rows (B, n, m), or x (B, m, d) with y (B, n, d) and a metric; alpha
+    (B, m), b, beta (B, n) -> rows int32 and values (B, k, n). Places beyond a column's nonzeros:
+    row -1, value 0. semi_dual: the column's own threshold (its sum is b); dual: beta. Negative
+    entropy and no bound: every row, in its order.
     """
+    cost = cost if y is None else points_cost(cost, y, metric)
     wide = (cost.mT if by_rows else cost).to(alpha.dtype)
     s = alpha[:, :, None] - wide  # (B, m, n)
     dual = formulation == "dual"
@@ -41,32 +50,38 @@ def _ot_plan_reference(
     return torch.where(t > 0, rows, -1).int(), t
 
 
-def _ot_plan_fake(cost, b, alpha, beta, by_rows, reg, gamma, max_nz, formulation):
+def _ot_plan_fake(cost, b, alpha, beta, by_rows, reg, gamma, max_nz, *_):
     shape = (b.shape[0], max_nz, b.shape[1])
     return alpha.new_empty(shape, dtype=torch.int32), alpha.new_empty(shape)
 
 
 def _ot_plan_inputs(size, dtype, device, seed):
+    """size (B, k or a regulariser's name, m, n), or of points (B, k, metric, d, m, n)."""
+    if len(size) == 6:
+        batch, k, metric, *shape = size
+        x, y, _, b, alpha, beta, reg, k = random_points((batch, k, *shape), dtype, device, seed)
+        return x, b, alpha, beta, False, reg, 0.5, k, "semi_dual", y, metric
     cost, _, b, alpha, beta, reg, k = random_problem(size, dtype, device, seed)
-    return cost, b, alpha, beta, False, reg, 0.5, k, "semi_dual"
+    return cost, b, alpha, beta, False, reg, 0.5, k, "semi_dual", None, ""
 
 
-def _ot_plan_floor(cost, b, alpha, beta, by_rows, reg, gamma, max_nz, formulation):
-    """One read of the cost, one write of the places."""
+def _ot_plan_floor(cost, b, alpha, beta, by_rows, reg, gamma, max_nz, formulation, y, metric):
+    """One read of the cost or the points, one write of the places."""
     places = b.numel() * max_nz * (4 + alpha.element_size())
-    return cost.nbytes + places + alpha.nbytes + 2 * b.nbytes, 3 * cost.numel()
+    flops, read = cost_floor(cost, b, y)
+    return read + places + alpha.nbytes + 2 * b.nbytes, flops
 
 
 OT_PLAN = declare(
     "ot_plan",
     forward="(Tensor cost, Tensor b, Tensor alpha, Tensor beta, bool by_rows, str reg, float gamma,"
-    " int max_nz, str formulation) -> (Tensor rows, Tensor values)",
+    " int max_nz, str formulation, Tensor? y, str metric) -> (Tensor rows, Tensor values)",
     reference=_ot_plan_reference,
     fake=_ot_plan_fake,
     inputs=_ot_plan_inputs,
     floor=_ot_plan_floor,
     sizes={"test": [(1, 1, 1, 1), (2, 2, 6, 5), (3, 8, 40, 37), (2, 20, 70, 33),
-                    (2, "l2", 40, 37), (2, "negentropy", 33, 37)],
+                    (2, "l2", 40, 37), (2, "negentropy", 33, 37), (2, 3, "euclidean", 5, 40, 37)],
            "bench": [(1, 8, 512, 512), (1, 48, 1024, 32)]},
 )  # fmt: skip
 
@@ -112,7 +127,7 @@ def ot_plan(
     columns = problem.potentials[1] if extra else torch.zeros_like(problem.b)
     rows, values = OT_PLAN(
         problem.cost, problem.b, problem.potentials[0], columns, False, reg, problem.gamma,
-        problem.k, form,
+        problem.k, form, None, "",
     )  # fmt: skip
     m, n = cost.shape[-2:]
     shape = (*problem.batch, problem.k, n)

@@ -75,8 +75,6 @@ def _check_masses(problem) -> None:
         raise ValueError(
             f"b: expected the total of a, {totals[0].tolist()}, got {totals[1].tolist()}"
         )
-    if problem.cost.numel() and math.isnan(problem.cost.amax().item()):  # amax passes NaN on
-        raise ValueError("cost: expected numbers or +inf, got NaN")
 
 
 def _start(init, problem, batch, m, n):
@@ -94,12 +92,12 @@ def _start(init, problem, batch, m, n):
     return found, beta is not None
 
 
-class _Refuse(torch.autograd.Function):
-    """Gradients that depend on the inputs in a way that is not derived."""
+class Refuse(torch.autograd.Function):
+    """(*gradients, *inputs) -> gradients that depend on the inputs in a way that is not derived."""
 
     @staticmethod
     def forward(ctx, *tensors):
-        return tuple(tensor.clone() for tensor in tensors[:3])
+        return tuple(tensor.clone() for tensor in tensors[: len(tensors) // 2])
 
     @staticmethod
     def backward(ctx, *grads):
@@ -121,18 +119,30 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_value, grad_values):
         values, alpha, beta, rows, *inputs = ctx.saved_tensors
-        entries = grad_value[:, None, None] * values  # of dL/dC, (B, k, n)
-        grad_a, grad_b = grad_value[:, None] * alpha, grad_value[:, None] * beta
-        grad_a, grad_b = grad_a.nan_to_num(0, 0, 0), grad_b.nan_to_num(0, 0, 0)
-        weight = values if ctx.reg == "negentropy" else (values > 0).to(values.dtype)
-        u, v = _laplacian_solve(weight, rows, weight * grad_values, alpha.shape[1])
-        z = weight * (grad_values - _at_rows(u, rows) - v[:, None])
-        entries = entries - z / ctx.gamma
+        entries, grad_a, grad_b = entry_gradients(
+            values, rows, alpha, beta, grad_value, grad_values, ctx.reg, ctx.gamma
+        )
         grad_cost = values.new_zeros(ctx.shape).scatter_add_(1, rows.clamp(min=0).long(), entries)
-        grads = grad_cost.to(ctx.dtype), grad_a + u, grad_b + v
+        grads = grad_cost.to(ctx.dtype), grad_a, grad_b
         if torch.is_grad_enabled():  # create_graph=True
-            grads = _Refuse.apply(*grads, *inputs)
+            grads = Refuse.apply(*grads, *inputs)
         return (*grads, *[None] * 7)
+
+
+def mass_gradients(alpha, beta, grad_value) -> tuple[Tensor, Tensor]:
+    """Of the value: dV/da = alpha (B, m), dV/db = beta (B, n)."""
+    return tuple((grad_value[:, None] * x).nan_to_num(0, 0, 0) for x in (alpha, beta))
+
+
+def entry_gradients(values, rows, alpha, beta, grad_value, grad_values, reg, gamma):
+    """dL/dC at the plan's places (B, k, n), dL/da (B, m), dL/db (B, n): of the value by the
+    envelope, of the plan's values through the linear system on its support."""
+    entries = grad_value[:, None, None] * values  # (B, k, n)
+    grad_a, grad_b = mass_gradients(alpha, beta, grad_value)
+    weight = values if reg == "negentropy" else (values > 0).to(values.dtype)
+    u, v = _laplacian_solve(weight, rows, weight * grad_values, alpha.shape[1])
+    z = weight * (grad_values - _at_rows(u, rows) - v[:, None])
+    return entries - z / gamma, grad_a + u, grad_b + v
 
 
 def _at_rows(u: Tensor, rows: Tensor) -> Tensor:
@@ -252,6 +262,29 @@ def regularized_ot(
 
     Source: Sparsity-Constrained Optimal Transport, arXiv 2209.15466; POT's `ot.smooth`.
     """
+    check_options(sparse_dim, formulation, plan, differentiable, max_iter, tol, smoothing, lr)
+    by_rows = sparse_dim == -1
+    problem = as_problem(cost, a, b, reg, gamma, max_nz, along=sparse_dim)
+    if may_ask(problem.cost) and math.isnan(problem.cost.amax().item()):  # amax passes NaN on
+        raise ValueError("cost: expected numbers or +inf, got NaN")
+
+    def attach(free, bound, value, values, alpha, beta, rows):
+        turned = problem.cost.mT if by_rows else problem.cost
+        return _Attach.apply(
+            turned, free, bound, value, values, alpha, beta, rows, reg, problem.gamma
+        )
+
+    wants_grad = any(x is not None and x.requires_grad for x in (cost, a, b))
+    return solve(
+        problem, Source(problem.cost.detach(), by_rows), cost.shape[-2:], reg, sparse_dim,
+        formulation, solver, max_iter, tol, init, smoothing, plan,
+        differentiable if wants_grad else None, lr, attach,
+    )  # fmt: skip
+
+
+def check_options(
+    sparse_dim, formulation, plan, differentiable, max_iter, tol, smoothing, lr
+) -> None:
     if sparse_dim not in (-2, -1):
         raise ValueError(f"sparse_dim: expected -2 or -1, got {sparse_dim}")
     if formulation not in ("semi_dual", "dual"):
@@ -267,45 +300,53 @@ def regularized_ot(
     for name, value, least in (("tol", tol, 0), ("smoothing", smoothing, 0), ("lr", lr, 0)):
         if not isinstance(value, int | float) or not value >= least:
             raise ValueError(f"{name}: expected a number of at least {least}, got {value!r}")
+
+
+class Source(NamedTuple):
+    """What the ops make costs from, without a gradient: cost (B, m, n), with by_rows (B, n, m); or
+    x (B, m, d) in its place with y (B, n, d) and a metric."""
+
+    cost: Tensor
+    by_rows: bool
+    y: Tensor | None = None
+    metric: str = ""
+
+
+def solve(
+    problem, source: Source, shape, reg, sparse_dim, formulation, solver, max_iter, tol, init,
+    smoothing, plan, differentiable, lr, attach,
+) -> OTResult:  # fmt: skip
+    """A solve after the checks. shape: (m, n) as the caller sees them; attach(free, bound, value,
+    values, alpha, beta, rows): value and values with their gradients, where differentiable."""
     by_rows = sparse_dim == -1
-    if by_rows:
-        check_tensor(cost, "cost")
-        problem = as_problem(cost, a, b, reg, gamma, max_nz, along=-1)
-    else:
-        problem = as_problem(cost, a, b, reg, gamma, max_nz)
     if smoothing > 0 and reg != "sparse":
         raise ValueError(f"smoothing: expected 0 for reg={reg!r}, got {smoothing}")
     with torch.no_grad():
         _check_masses(problem)
-        m, n = problem.cost.shape[-2:]
+        m, n = shape
         # From here on "columns" are what max_nz bounds: with sparse_dim=-1 the rows.
         free, bound = (problem.b, problem.a) if by_rows else (problem.a, problem.b)
         (alpha, beta), has_beta = _start(
             init[::-1] if by_rows and isinstance(init, tuple) else init,
             problem._replace(a=free, b=bound), problem.batch, free.shape[1], bound.shape[1],
         )  # fmt: skip
-        detached = problem.cost.detach()
         how = _solver_of(solver, reg, formulation, reg == "sparse" and problem.k < free.shape[1])
         if formulation == "dual" and not has_beta:
-            beta = _eliminated(detached, free, bound, alpha, by_rows, reg, problem)
+            beta = _eliminated(source, free, bound, alpha, reg, problem)
         alpha, beta, value, free_error, bound_error, gap, counts = REGULARIZED_OT(
-            detached, free.detach(), bound.detach(), alpha, beta, by_rows, reg, problem.gamma,
-            problem.k, formulation, how, max_iter, float(tol), float(smoothing), float(lr),
+            source.cost, free.detach(), bound.detach(), alpha, beta, source.by_rows, reg,
+            problem.gamma, problem.k, formulation, how, max_iter, float(tol), float(smoothing),
+            float(lr), source.y, source.metric,
         )  # fmt: skip
-        wants_grad = differentiable is not None and any(
-            x is not None and x.requires_grad for x in (cost, a, b)
-        )
         rows = values = None
-        if plan is not None or wants_grad:
-            rows, values = OT_PLAN(
-                detached, bound.detach(), alpha, beta, by_rows, reg, problem.gamma, problem.k,
-                formulation,
-            )  # fmt: skip
-    if wants_grad and torch.is_grad_enabled():
-        turned = problem.cost.mT if by_rows else problem.cost
-        value, kept = _Attach.apply(
-            turned, free, bound, value, values, alpha, beta, rows, reg, problem.gamma
-        )
+        # Of points the envelope's gradient is made from tiles of the plan, when it is asked for.
+        by_tiles = source.y is not None and differentiable == "envelope"
+        if plan is not None or (differentiable is not None and not by_tiles):
+            rows, values = plan_of(
+                source, bound.detach(), alpha, beta, reg, problem.gamma, problem.k, formulation
+            )
+    if differentiable is not None and torch.is_grad_enabled():
+        value, kept = attach(free, bound, value, values, alpha, beta, rows)
         values = kept if differentiable == "plan" else values
 
     batch = problem.batch
@@ -323,11 +364,19 @@ def regularized_ot(
     )  # fmt: skip
 
 
-def _eliminated(cost, a, b, alpha, by_rows, reg, problem) -> Tensor:
+def plan_of(source: Source, b, alpha, beta, reg, gamma, k, formulation):
+    """Rows int32 and values (B, k, n) of the plan at alpha (B, m), beta (B, n)."""
+    return OT_PLAN(
+        source.cost, b, alpha, beta, source.by_rows, reg, gamma, k, formulation, source.y,
+        source.metric,
+    )  # fmt: skip
+
+
+def _eliminated(source: Source, a, b, alpha, reg, problem) -> Tensor:
     """beta of the semi-dual at alpha, where the dual starts: one step of nothing."""
     found = REGULARIZED_OT(
-        cost, a.detach(), b.detach(), alpha, torch.zeros_like(b), by_rows, reg, problem.gamma,
-        problem.k, "semi_dual", "adam", 0, 0.0, 0.0, 0.0,
+        source.cost, a.detach(), b.detach(), alpha, torch.zeros_like(b), source.by_rows, reg,
+        problem.gamma, problem.k, "semi_dual", "adam", 0, 0.0, 0.0, 0.0, source.y, source.metric,
     )  # fmt: skip
     beta = found[1]
     closed = torch.where(beta > 0, 0.0, -1e30).to(beta)  # +inf: infeasible, -inf: without mass

@@ -1,0 +1,167 @@
+// Long columns of at most k <= kListed entries: one pass in which nothing is stored.
+//
+// A tile's k + 1 largest scores and their rows stay in the cache while blocks of rows pass by; once
+// the lists have settled almost no score enters (about k log(m / k) of m do), so that a score costs
+// its making and a comparison, and an evaluation a read of the cost. The plan is then the lists
+// themselves: row sums take k numbers per column, not m.
+#pragma once
+
+#include "transport/columns.h"
+
+namespace dashpot::transport {
+
+inline constexpr int64_t kLongColumn = 512;  // rows from which the lists settle soon enough
+inline constexpr int64_t kRowBlock = 64;     // rows whose scores, kGroup tiles, stay in L1
+
+inline bool listed_in_one_pass(const Options& options) {
+  return options.reg == Reg::kSparse && options.k <= kListed && options.m >= kLongColumn &&
+         !(options.smoothing > 0);
+}
+
+// A tile's lists, descending; of equal scores the first rows. Rows are exact in float32.
+template <class T>
+struct TopLists {
+  T score[kListed + 1][kMaxLanes];
+  T row[kListed + 1][kMaxLanes];
+};
+
+// scores (rows, lanes), rows [first, first + rows), into the K + 1 largest.
+template <int K, class T, Isa isa>
+DASHPOT_INLINE void enter(TopLists<T>& lists, const T* scores, int64_t rows, int64_t first) {
+  using V = Vec<T, isa>;
+  constexpr int kWidth = kLanes<T, isa>, kTogether = 4;
+  const V zero = {};
+  V top[K + 1], row[K + 1];
+  for (int q = 0; q <= K; ++q) {
+    top[q] = load<T, isa>(lists.score[q]);
+    row[q] = load<T, isa>(lists.row[q]);
+  }
+  const auto insert = [&](int64_t i) {
+    const V score = load<T, isa>(scores + i * kWidth), place = zero + static_cast<T>(first + i);
+    for (int q = K; q > 0; --q) {  // from the end: what stands before is still the old list
+      const auto here = score > top[q], before = score > top[q - 1];
+      const V next = before ? top[q - 1] : score, next_row = before ? row[q - 1] : place;
+      top[q] = here ? next : top[q];
+      row[q] = here ? next_row : row[q];
+    }
+    const auto here = score > top[0];
+    top[0] = here ? score : top[0];
+    row[0] = here ? place : row[0];
+  };
+  int64_t i = 0;
+  for (; i + kTogether <= rows; i += kTogether) {
+    V most = load<T, isa>(scores + i * kWidth);
+    for (int u = 1; u < kTogether; ++u) {
+      const V score = load<T, isa>(scores + (i + u) * kWidth);
+      most = score > most ? score : most;
+    }
+    if (!any<T, isa>(most > top[K])) continue;
+    for (int u = 0; u < kTogether; ++u) insert(i + u);
+  }
+  for (; i < rows; ++i) insert(i);
+  for (int q = 0; q <= K; ++q) {
+    store<T, isa>(lists.score[q], top[q]);
+    store<T, isa>(lists.row[q], row[q]);
+  }
+}
+
+template <class T>
+struct Enter {
+  template <Isa isa, int K = kListed>
+  static DASHPOT_INLINE void run(TopLists<T>* lists, const T* scores, int64_t rows, int64_t first,
+                                 int64_t k) {
+    if constexpr (K > 1) {
+      if (k < K) return run<isa, K - 1>(lists, scores, rows, first, k);
+    }
+    enter<K, T, isa>(*lists, scores, rows, first);
+  }
+};
+
+// theta, column sums and values of a tile from its lists; t (k, lanes) to `plan`.
+template <class T>
+struct SolveLists {
+  template <Isa isa, int K = kListed>
+  static DASHPOT_INLINE void run(Tile<T>* tile, const TopLists<T>* lists, T* plan) {
+    using V = Vec<T, isa>;
+    if constexpr (K > 1) {
+      if (tile->k < K) return run<isa, K - 1>(tile, lists, plan);
+    }
+    const V zero = {}, one = zero + T(1);
+    V top[K + 1];
+    for (int q = 0; q <= K; ++q) top[q] = load<T, isa>(lists->score[q]);
+    const V mass = load<T, isa>(tile->mass);
+    const Choice<T, isa> found = choose_of<K, T, isa>(top, tile->gamma * mass, tile->dual);
+    V sums = zero, squares = zero;
+    for (int q = 0; q < K; ++q) {
+      const V gap = top[q] > found.theta ? top[q] - found.theta : zero;
+      const V t = gap * (zero + 1 / tile->gamma);
+      store<T, isa>(plan + q * kLanes<T, isa>, t);
+      sums += t;
+      squares += gap * t;
+    }
+    store<T, isa>(tile->sum, sums);
+    store<T, isa>(tile->theta, found.theta);
+    // The k-th and the next tie where both lie above theta: then the bound is the k-th.
+    const V size = top[K - 1] > zero ? top[K - 1] : -top[K - 1];
+    const V reach = tile->tie * (size > one ? size : one);
+    const V near = top[K - 1] - top[K] <= reach ? one : zero;
+    store<T, isa>(tile->tied, top[K] > found.theta ? near : zero);
+    for (int lane = 0; lane < kLanes<T, isa>; ++lane) {
+      const T theta = found.theta[lane];
+      const bool counts = !tile->dual && tile->mass[lane] > 0 && std::isfinite(theta);
+      tile->value[lane] = static_cast<double>(squares[lane]) / 2;
+      if (counts) tile->value[lane] += static_cast<double>(theta) * tile->mass[lane];
+    }
+  }
+};
+
+// As evaluate_columns, whose tiles nobody sees.
+template <class T, class C>
+double evaluate_listed(const Options& options, const T* alpha, const T* beta, const T* b,
+                       const Cost<C>& cost, int64_t begin, int64_t end, double* row_sums,
+                       const PerColumn<T>& found) {
+  const int64_t lanes = vector_bytes(isa()) / sizeof(T), m = options.m;
+  T* const room = tile_room<T>(kGroup * kRowBlock * lanes);
+  Tile<T> tile(options, nullptr, nullptr);
+  TopLists<T> lists[kGroup];
+  T plan[kListed * kMaxLanes];
+  std::fill_n(row_sums, m, 0.0);
+  double value = 0;
+  for (int64_t first = begin; first < end; first += kGroup * lanes) {
+    const int64_t live = std::min(kGroup * lanes, end - first);
+    const int64_t tiles = (live + lanes - 1) / lanes;
+    T shift[kGroup * kMaxLanes] = {};
+    if (beta) std::copy_n(beta + first, live, shift);
+    for (TopLists<T>& one : lists) {
+      std::fill_n(one.score[0], (kListed + 1) * kMaxLanes, -std::numeric_limits<T>::infinity());
+      std::fill_n(one.row[0], (kListed + 1) * kMaxLanes, T(0));
+    }
+    for (int64_t i = 0; i < m; i += kRowBlock) {
+      const int64_t rows = std::min(kRowBlock, m - i);
+      const Cost<C> block = cost.from_row(i);
+      run_on_isa<FillTiles<T, C>>(room, alpha + i, static_cast<const T*>(shift), &block, rows,
+                                  first, live);
+      for (int64_t g = 0; g < tiles; ++g) {
+        run_on_isa<Enter<T>>(&lists[g], static_cast<const T*>(room + g * rows * lanes), rows, i,
+                             options.k);
+      }
+    }
+    for (int64_t g = 0; g < tiles; ++g) {
+      const int64_t j = first + g * lanes, count = std::min(lanes, end - j);
+      for (int64_t lane = 0; lane < lanes; ++lane) tile.mass[lane] = lane < count ? b[j + lane] : 0;
+      run_on_isa<SolveLists<T>>(&tile, static_cast<const TopLists<T>*>(&lists[g]), plan);
+      for (int64_t lane = 0; lane < count; ++lane) {
+        found.column[j + lane] = options.dual ? tile.sum[lane] : tile.theta[lane];
+        if (found.tied) found.tied[j + lane] = tile.tied[lane] > 0;
+        value += tile.value[lane];
+        for (int64_t q = 0; q < options.k; ++q) {
+          const T t = plan[q * lanes + lane];
+          if (t > 0) row_sums[static_cast<int64_t>(lists[g].row[q][lane])] += t;
+        }
+      }
+    }
+  }
+  return value;
+}
+
+}  // namespace dashpot::transport
