@@ -92,6 +92,17 @@ struct Scores {
   __device__ __forceinline__ T at(int64_t i) const { return room ? room[i * kColumns] : form(i); }
 };
 
+// score[u] of row first + u * step; -inf beyond the last. Forms may have a better one of their own.
+template <int U, class T, class Form>
+__device__ __forceinline__ void form_several(const Form& form, int64_t first, int64_t step,
+                                             int64_t m, T (&score)[U]) {
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int64_t i = first + u * step;
+    score[u] = i < m ? form(i) : lowest<T>();
+  }
+}
+
 // The one read: every score of this thread is formed, kept, and handed to visit(i, score).
 template <class T, int kColumns, class Form, class Visit>
 __device__ __forceinline__ void read_scores(const Team<T, kColumns>& team,
@@ -100,11 +111,7 @@ __device__ __forceinline__ void read_scores(const Team<T, kColumns>& team,
   const int lanes = team.lanes();
   for (int64_t first = team.lane(); first < team.m; first += kUnroll * lanes) {
     T score[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = first + u * lanes;
-      score[u] = i < team.m ? scores.form(i) : lowest<T>();
-    }
+    form_several(scores.form, first, lanes, team.m, score);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int64_t i = first + u * lanes;
@@ -113,6 +120,14 @@ __device__ __forceinline__ void read_scores(const Team<T, kColumns>& team,
       visit(i, score[u]);
     }
   }
+}
+
+// The one read, for the highest score.
+template <class T, int kColumns, class Form>
+__device__ T read_highest(Team<T, kColumns>& team, const Scores<T, kColumns, Form>& scores) {
+  T highest = lowest<T>();
+  read_scores(team, scores, [&](int64_t, T score) { highest = Max{}(highest, score); });
+  return team.all({highest, highest}, Max{}).first;
 }
 
 // ---- The k largest, listed -------------------------------------------------------------------
@@ -346,6 +361,24 @@ __device__ Found<T> choose_by_threshold(Team<T, kColumns>& team,
     if (too_many && !dual) found.theta = found.bound + (excess - budget) / k;
   }
   return dead ? nothing<T>() : found;
+}
+
+// What a column with `budget` chooses, from one read of its scores: by the k <= L largest, which
+// are left in `top` (L > 0), or by the threshold (L = 0).
+template <int L, class T, int kColumns, class Form>
+__device__ Found<T> choose(Team<T, kColumns>& team, const Scores<T, kColumns, Form>& scores,
+                           Lists<T, kColumns, L ? L : 1>* lists, List<T, L ? L : 1>& top, int64_t k,
+                           T budget, bool dual) {
+  if constexpr (L > 0) {
+#pragma unroll
+    for (int q = 0; q < L; ++q) top.value[q] = lowest<T>(), top.row[q] = INT32_MAX;
+    read_scores(team, scores, [&](int64_t i, T score) { top.insert(score, static_cast<int>(i)); });
+    merge_lists(top, lists);
+    return choose_listed(top, static_cast<int>(k), budget, dual);
+  } else {
+    const T highest = read_highest(team, scores);
+    return choose_by_threshold(team, scores, highest, static_cast<T>(k), budget, dual);
+  }
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// ot_dual_value_grad and ot_semidual_value_grad on CUDA: two launches, one read of the cost.
+// ot_dual_value_grad, ot_semidual_value_grad and ot_value_grad on CUDA: two launches, one read of
+// the cost, or none where it is made from points.
 //
 //   ot_columns_kernel   a block takes neighbouring tiles of columns (evaluate.cuh): column outputs,
 //                       its row sums (m,) and value
@@ -8,19 +9,20 @@
 // float64). The row sums of at most 256 blocks go through memory: 1/8 of the cost's bytes where
 // there are that many, in float32.
 #include "transport/cuda.h"
-#include "transport/evaluate.cuh"
+#include "transport/source.cuh"
 
 namespace dashpot::transport {
 namespace {
 
 constexpr int kShortList = 4;
 
-template <class T, class C, int L>
+template <class T, class Source, int L>
 __global__ void __launch_bounds__(kThreads)
-    ot_columns_kernel(Options options, int64_t chunks, int64_t tiles, const C* cost, const T* alpha,
-                      const T* beta, const T* b, bool keep, T* row_sums, double* values,
-                      T* column) {
-  constexpr int kColumns = kColumnsOf<C>;
+    ot_columns_kernel(Options options, int64_t chunks, int64_t tiles, Source source, const T* alpha,
+                      const T* beta, const T* b, bool keep, T* row_sums, double* values, T* column,
+                      const T* smoothing, const T* level, T* to_level) {
+  constexpr int kColumns = Source::kColumns;
+  using Form = Gain<T, typename Source::Column>;
   using TileLists = Lists<T, kColumns, L ? L : 1>;
   DASHPOT_DYNAMIC_SHARED(unsigned char, shared);
   __shared__ typename Team<T, kColumns>::Slots slots;
@@ -29,18 +31,25 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t m = options.m, n = options.n;
   const int64_t problem = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   Team<T, kColumns> team{slots, m};
+  if (smoothing) options.smoothing = smoothing[problem];
   double value = 0;
   const int64_t end = (chunk + 1) * tiles / chunks;
   for (int64_t tile = chunk * tiles / chunks, first = tile; tile < end; ++tile) {
     const int64_t j = tile * kColumns + team.column(), at = problem * n + j;
     const bool live = j < n;
-    const Gain<T, StoredColumn<T, C>> gain{
-        alpha + problem * m, live && beta ? beta[at] : T(0), {cost + problem * m * n + j, n}, live};
-    const Scores<T, kColumns, Gain<T, StoredColumn<T, C>>> scores{
-        gain, keep ? room + team.column() : nullptr};
+    const Scores<T, kColumns, Form> scores{
+        Form{alpha + problem * m, live && beta ? beta[at] : T(0), source.at(problem, j), live},
+        keep ? room + team.column() : nullptr};
     const T mass = live ? b[at] : T(0);
-    const ColumnSums<T> found = solve_column<L>(team, scores, lists, options, mass,
-                                                row_sums + blockIdx.x * m, tile > first);
+    T* const sums = row_sums + blockIdx.x * m;
+    ColumnSums<T> found;
+    if (L == 0 && smoothing) {
+      T here = live && level ? level[at] : T(0);
+      found = solve_smoothed(team, scores, options, here, sums, tile > first);
+      if (team.lane() == 0 && live) to_level[at] = here;
+    } else {
+      found = solve_column<L>(team, scores, lists, options, mass, sums, tile > first);
+    }
     if (team.lane() == 0 && live) {
       const T gamma = static_cast<T>(options.gamma);
       column[at] = options.dual                      ? mass - found.sum
@@ -90,11 +99,12 @@ __global__ void __launch_bounds__(kThreads)
   obj[problem] = static_cast<T>(value);
 }
 
-template <class T, class C, int L>
-void run(const CudaEvaluation& evaluation, int64_t shared_limit, cudaStream_t stream) {
-  constexpr int kColumns = kColumnsOf<C>;
+template <int L, class T, class Source>
+void run(const CudaEvaluation& evaluation, const Source& source, int64_t shared_limit,
+         cudaStream_t stream) {
+  constexpr int kColumns = Source::kColumns;
   const Options& options = evaluation.options;
-  const int64_t chunks = device_chunks(options.n, sizeof(C));
+  const int64_t chunks = device_chunks(options.n, 32 / kColumns);
   const int64_t tiles = (options.n + kColumns - 1) / kColumns;
   const int64_t lists = L ? sizeof(Lists < T, kColumns, L ? L : 1 >) : 0;
   const int64_t scores = options.m * kColumns * static_cast<int64_t>(sizeof(T));
@@ -103,10 +113,11 @@ void run(const CudaEvaluation& evaluation, int64_t shared_limit, cudaStream_t st
   const auto* beta = static_cast<const T*>(evaluation.beta);
   const auto* b = static_cast<const T*>(evaluation.b);
   auto* row_sums = static_cast<T*>(evaluation.row_sums);
-  launch(&ot_columns_kernel<T, C, L>, dim3(static_cast<unsigned>(evaluation.batch * chunks)),
-         dim3(kThreads), lists + (keep ? scores : 0), stream, options, chunks, tiles,
-         static_cast<const C*>(evaluation.cost), alpha, beta, b, keep, row_sums, evaluation.values,
-         static_cast<T*>(evaluation.column));
+  launch(&ot_columns_kernel<T, Source, L>, dim3(static_cast<unsigned>(evaluation.batch * chunks)),
+         dim3(kThreads), lists + (keep ? scores : 0), stream, options, chunks, tiles, source, alpha,
+         beta, b, keep, row_sums, evaluation.values, static_cast<T*>(evaluation.column),
+         static_cast<const T*>(evaluation.smoothing), static_cast<const T*>(evaluation.level),
+         static_cast<T*>(evaluation.to_level));
   const int64_t blocks = (options.m + kThreads - 1) / kThreads;
   launch(&ot_finish_kernel<T>, dim3(static_cast<unsigned>(evaluation.batch * blocks)),
          dim3(kThreads), 0, stream, options, chunks, blocks, alpha, beta,
@@ -119,18 +130,17 @@ void run(const CudaEvaluation& evaluation, int64_t shared_limit, cudaStream_t st
 void evaluate_cuda(const CudaEvaluation& evaluation, int device, void* stream) {
   const DeviceGuard guard(device);
   const Options& options = evaluation.options;
-  const bool listed = options.reg == Reg::kSparse;
-  dispatch_device(evaluation.dtype, [&](auto element) {
-    using C = decltype(element);
-    using T = std::conditional_t<std::is_same_v<C, double>, double, float>;
+  const bool listed = options.reg == Reg::kSparse && !evaluation.smoothing;
+  with_source(evaluation.cost, options.m, options.n, [&](auto state, const auto& source) {
+    using T = decltype(state);
     const int64_t limit = shared_limit(device) - kReserved;
     const auto on = static_cast<cudaStream_t>(stream);
     if (listed && options.k <= kShortList) {
-      run<T, C, kShortList>(evaluation, limit, on);
+      run<kShortList, T>(evaluation, source, limit, on);
     } else if (listed && options.k <= kLongList) {
-      run<T, C, kLongList>(evaluation, limit, on);
+      run<kLongList, T>(evaluation, source, limit, on);
     } else {
-      run<T, C, 0>(evaluation, limit, on);
+      run<0, T>(evaluation, source, limit, on);
     }
   });
 }

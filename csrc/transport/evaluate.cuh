@@ -24,6 +24,67 @@ struct StoredColumn {
   }
 };
 
+// A column of a cost made from points: |x_i - y|^2, its root, or -x_i . y. Differences do not
+// cancel.
+template <class T>
+struct PointColumn {
+  const T *x, *y;  // (m, d), (d,)
+  int64_t d;
+  Metric metric;
+
+  // The costs of rows first + u * step, those beyond the last as that of the last: y is read once.
+  template <int U>
+  __device__ __forceinline__ void several(int64_t first, int64_t step, int64_t m,
+                                          T (&cost)[U]) const {
+    const T* point[U];
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      const int64_t i = first + u * step;
+      point[u] = x + (i < m ? i : m - 1) * d;
+      cost[u] = 0;
+    }
+    for (int64_t q = 0; q < d; ++q) {
+      const T here = y[q];
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        const T number = point[u][q], gap = number - here;
+        cost[u] += metric == Metric::kInner ? -number * here : gap * gap;
+      }
+    }
+    if (metric != Metric::kEuclidean) return;
+#pragma unroll
+    for (int u = 0; u < U; ++u) cost[u] = sqrt(cost[u]);
+  }
+  __device__ __forceinline__ T operator()(int64_t i) const {
+    T cost[1];
+    several(i, 0, i + 1, cost);
+    return cost[0];
+  }
+};
+
+// Where the costs of a batch come from, and column j of a problem.
+template <class T, class C>
+struct StoredCost {
+  static constexpr int kColumns = kColumnsOf<C>;
+  using Column = StoredColumn<T, C>;
+  const C* cost;
+  int64_t entries, row, column;  // of a problem; strides
+  __device__ __forceinline__ Column at(int64_t problem, int64_t j) const {
+    return {cost + problem * entries + j * column, row};
+  }
+};
+template <class T>
+struct PointsCost {
+  static constexpr int kColumns = kColumnsOf<T>;
+  using Column = PointColumn<T>;
+  const T *x, *y;  // (B, m, d), (B, n, d)
+  int64_t m, n, d;
+  Metric metric;
+  __device__ __forceinline__ Column at(int64_t problem, int64_t j) const {
+    return {x + problem * m * d, y + (problem * n + j) * d, d, metric};
+  }
+};
+
 // s_i = alpha_i + shift - C_i; -inf where there is no such column.
 template <class T, class Column>
 struct Gain {
@@ -35,6 +96,18 @@ struct Gain {
     return live ? (alpha[i] + shift) - cost(i) : lowest<T>();
   }
 };
+
+template <int U, class T>
+__device__ __forceinline__ void form_several(const Gain<T, PointColumn<T>>& gain, int64_t first,
+                                             int64_t step, int64_t m, T (&score)[U]) {
+  T cost[U] = {};
+  if (gain.live) gain.cost.several(first, step, m, cost);
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int64_t i = first + u * step;
+    score[u] = gain.live && i < m ? (gain.alpha[i] + gain.shift) - cost[u] : lowest<T>();
+  }
+}
 
 // What is found for a column; the same in all its threads.
 template <class T>
@@ -71,6 +144,27 @@ __device__ double plain_value(T theta, T squares, T mass, bool dual) {
   return counts ? value + static_cast<double>(theta) * mass : value;
 }
 
+// Negative entropy: t = factor exp((s - shift) / gamma), from the highest score and, where the sum
+// is to be the mass (semi-dual), a sum over the scores.
+template <class T>
+struct Soft {
+  T shift, factor, theta;  // theta: gamma * log-sum-exp(s / gamma) of the semi-dual
+};
+
+template <class T, int kColumns, class Form>
+__device__ Soft<T> soften(Team<T, kColumns>& team, const Scores<T, kColumns, Form>& scores, T gamma,
+                          T mass, bool dual) {
+  const T highest = read_highest(team, scores), inverse = 1 / gamma;
+  if (dual) return {gamma, T(1), T(0)};
+  const T shift = highest == lowest<T>() ? T(0) : highest;
+  Pair<T> mine{0, 0};
+  for (int64_t i = team.lane(); i < team.m; i += team.lanes()) {
+    mine.first += exp((scores.at(i) - shift) * inverse);
+  }
+  const T total = team.all(mine, Sum{}).first;
+  return {shift, total > 0 ? mass / total : T(0), shift + gamma * log(total)};
+}
+
 // A column by the k <= L largest (L > 0), the threshold, or negative entropy (L = 0).
 template <int L, class T, int kColumns, class Form>
 __device__ ColumnSums<T> solve_column(Team<T, kColumns>& team,
@@ -78,42 +172,19 @@ __device__ ColumnSums<T> solve_column(Team<T, kColumns>& team,
                                       Lists<T, kColumns, L ? L : 1>* lists, const Options& options,
                                       T mass, T* sums, bool add) {
   const T gamma = static_cast<T>(options.gamma), inverse = 1 / gamma;
-  Found<T> found;
-  if constexpr (L > 0) {
-    List<T, L> top;
-#pragma unroll
-    for (int q = 0; q < L; ++q) top.value[q] = lowest<T>(), top.row[q] = INT32_MAX;
-    read_scores(team, scores, [&](int64_t i, T score) { top.insert(score, static_cast<int>(i)); });
-    merge_lists(top, lists);
-    found = choose_listed(top, static_cast<int>(options.k), gamma * mass, options.dual);
-  } else {
-    T highest = lowest<T>();
-    read_scores(team, scores, [&](int64_t, T score) { highest = Max{}(highest, score); });
-    highest = team.all({highest, highest}, Max{}).first;
-    if (options.reg == Reg::kNegentropy) {
-      T shift = gamma, factor = 1, theta = 0;
-      if (!options.dual) {
-        shift = highest == lowest<T>() ? T(0) : highest;
-        Pair<T> mine{0, 0};
-        for (int64_t i = team.lane(); i < team.m; i += team.lanes()) {
-          mine.first += exp((scores.at(i) - shift) * inverse);
-        }
-        const T total = team.all(mine, Sum{}).first;
-        factor = total > 0 ? mass / total : T(0);
-        theta = shift + gamma * log(total);
-      }
-      const T sum = apply(team, scores, sums, add, [&](int64_t, T score, T&) {
-                      return factor * exp((score - shift) * inverse);
-                    }).first;
-      if (options.dual) return {theta, sum, options.gamma * static_cast<double>(sum), nothing<T>()};
-      const bool counts = mass > 0 && theta > lowest<T>();
-      const double b = mass;
-      return {theta, sum, counts ? b * (theta - options.gamma * log(b)) : 0.0, nothing<T>()};
-    }
-    const int64_t k = options.k;
-    found =
-        choose_by_threshold(team, scores, highest, static_cast<T>(k), gamma * mass, options.dual);
+  if (L == 0 && options.reg == Reg::kNegentropy) {
+    const Soft<T> soft = soften(team, scores, gamma, mass, options.dual);
+    const T sum = apply(team, scores, sums, add, [&](int64_t, T score, T&) {
+                    return soft.factor * exp((score - soft.shift) * inverse);
+                  }).first;
+    if (options.dual) return {0, sum, options.gamma * static_cast<double>(sum), nothing<T>()};
+    const bool counts = mass > 0 && soft.theta > lowest<T>();
+    const double b = mass;
+    return {soft.theta, sum, counts ? b * (soft.theta - options.gamma * log(b)) : 0.0,
+            nothing<T>()};
   }
+  List<T, L ? L : 1> top;
+  const Found<T> found = choose<L>(team, scores, lists, top, options.k, gamma * mass, options.dual);
   const Pair<T> total = apply(team, scores, sums, add, [&](int64_t i, T score, T& square) {
     const T gap = found.has(i, score) ? score - found.theta : T(0), t = gap * inverse;
     square = gap * t;

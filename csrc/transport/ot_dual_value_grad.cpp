@@ -42,7 +42,7 @@ std::optional<std::string> ot_dual_value_grad_supports(const py::args& args) {
 Outputs ot_dual_value_grad_forward_cuda(const Tensor& alpha, const Tensor& beta, const Tensor& cost,
                                         const Tensor& a, const Tensor& b, const std::string& reg,
                                         double gamma, int64_t max_nz) {
-  return evaluate_on_device(alpha, &beta, cost, a, b, reg_of(reg), gamma, max_nz);
+  return evaluate_on_device(alpha, &beta, cost_on_device(cost), a, b, reg_of(reg), gamma, max_nz);
 }
 #endif
 

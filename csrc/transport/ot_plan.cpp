@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/bind.h"
+#include "transport/cuda_binding.h"
 #include "transport/evaluate.h"
 #include "transport/points.h"
 
@@ -93,11 +94,40 @@ std::optional<std::string> ot_plan_supports(const py::args& args) {
                      py::cast<Tensor>(args[2]).size(1));
 }
 
+#ifdef DASHPOT_CUDA
+std::tuple<Tensor, Tensor> ot_plan_forward_cuda(const Tensor& cost, const Tensor& b,
+                                                const Tensor& alpha, const Tensor& beta,
+                                                bool by_rows, const std::string& reg, double gamma,
+                                                int64_t max_nz, const std::string& formulation,
+                                                const std::optional<Tensor>& y,
+                                                const std::string& metric) {
+  const int64_t batch = alpha.size(0), m = alpha.size(1), n = b.size(1);
+  const bool dual = formulation == "dual";
+  const Tensor rows = b.new_empty({batch, max_nz, n}, Dtype::kInt32);
+  const Tensor values = b.new_empty({batch, max_nz, n}, b.dtype);
+  const Place place = place_of(b);
+  plan_cuda({{m, n, max_nz, gamma, reg_of(reg), dual},
+             batch,
+             cost_on_device(cost, by_rows, y, metric_of(metric)),
+             alpha.data,
+             dual ? beta.data : nullptr,
+             b.data,
+             rows.as<int32_t>(),
+             values.data},
+            place.device, place.stream);
+  return {rows, values};
+}
+#endif
+
 }  // namespace
 
 DASHPOT_BIND(m) {
   m.def("ot_plan_forward", &ot_plan_forward);
   m.def("ot_plan_supports", &ot_plan_supports);
+#ifdef DASHPOT_CUDA
+  m.def("ot_plan_forward_cuda", &ot_plan_forward_cuda);
+  m.def("ot_plan_supports_cuda", &ot_plan_supports);
+#endif
 }
 
 }  // namespace dashpot::transport

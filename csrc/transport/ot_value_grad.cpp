@@ -75,11 +75,30 @@ std::optional<std::string> ot_value_grad_supports(const py::args& args) {
                      py::cast<Tensor>(args[0]).size(1));
 }
 
+#ifdef DASHPOT_CUDA
+Outputs ot_value_grad_forward_cuda(const Tensor& alpha, const Maybe& beta, const Tensor& cost,
+                                   const Maybe& y, const Tensor& a, const Tensor& b,
+                                   const Maybe& smoothing, const Maybe& level,
+                                   const std::string& metric, const std::string& reg, double gamma,
+                                   int64_t max_nz) {
+  const Tensor to_level = alpha.new_empty({alpha.size(0), smoothing ? b.size(1) : 0}, alpha.dtype);
+  const auto found = evaluate_on_device(
+      alpha, beta ? &*beta : nullptr, cost_on_device(cost, false, y, metric_of(metric)), a, b,
+      reg_of(reg), gamma, max_nz, smoothing ? smoothing->data : nullptr,
+      level ? level->data : nullptr, to_level.data);
+  return std::tuple_cat(found, std::make_tuple(to_level));
+}
+#endif
+
 }  // namespace
 
 DASHPOT_BIND(m) {
   m.def("ot_value_grad_forward", &ot_value_grad_forward);
   m.def("ot_value_grad_supports", &ot_value_grad_supports);
+#ifdef DASHPOT_CUDA
+  m.def("ot_value_grad_forward_cuda", &ot_value_grad_forward_cuda);
+  m.def("ot_value_grad_supports_cuda", &ot_value_grad_supports);
+#endif
 }
 
 }  // namespace dashpot::transport

@@ -87,13 +87,14 @@ Outputs regularized_ot_forward_cuda(const Tensor& cost, const Tensor& a, const T
                           tol,
                           smoothing,
                           lr};
-  return solve_on_device(settings, cost, a, b, alpha, beta, by_rows);
+  return solve_on_device(settings, cost_on_device(cost, by_rows, points, metric_of(metric)), a, b,
+                         alpha, beta);
 }
 
 std::optional<std::string> regularized_ot_supports_cuda(const py::args& args) {
   const Tensor a = py::cast<Tensor>(args[1]), b = py::cast<Tensor>(args[2]);
   if (const auto reason = regularized_ot_supports(args)) return reason;
-  return too_long_for_a_block(py::cast<Tensor>(args[0]), a.size(1), b.size(1));
+  return too_long_for_a_block(py::cast<Tensor>(args[0]), !args[15].is_none(), a.size(1), b.size(1));
 }
 #endif
 

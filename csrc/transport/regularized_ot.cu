@@ -1,5 +1,6 @@
 // regularized_ot on CUDA: the whole solve of a problem by one block, a batch in one launch
-// (solve.cuh). Nothing is read by the host: each block stops when its own problem is done.
+// (solve.cuh). Nothing is read by the host: each block stops when its own problem is done. The cost
+// of points is made once, in shared memory, which must hold it.
 #include "transport/cuda.h"
 #include "transport/solve.cuh"
 
@@ -43,18 +44,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     at += count;
     return start;
   };
-  const C* const cost = static_cast<const C*>(solve.cost) + problem * m * n;
   BlockProblem<T, C> block{};
-  block.row = solve.by_rows ? 1 : n;
-  block.column = solve.by_rows ? m : 1;
+  block.row = solve.cost.by_rows ? 1 : n;
+  block.column = solve.cost.by_rows ? m : 1;
   block.alpha = take(m), block.a = take(m), block.row_sums = take(m);
   block.beta = take(n), block.b = take(n), block.level = take(n), block.out = take(n);
   block.tied = reinterpret_cast<int*>(at);
-  block.cost = cost;
+  block.cost = static_cast<const C*>(solve.cost.cost) + problem * m * n;
   if (keep == Keep::kScores) block.scores = reinterpret_cast<T*>(shared + vectors);
   if (keep == Keep::kCost) {
     C* const kept = reinterpret_cast<C*>(shared + vectors);
-    loops.each(m * n, [&](int64_t e) { kept[e] = cost[e]; });
+    if (solve.cost.y) {
+      const int64_t d = solve.cost.d;
+      const T* const x = static_cast<const T*>(solve.cost.cost) + problem * m * d;
+      const T* const y = static_cast<const T*>(solve.cost.y) + problem * n * d;
+      loops.each(m * n, [&](int64_t e) {
+        const PointColumn<T> points{x, y + e % n * d, d, solve.cost.metric};
+        kept[e] = device_cast<C>(points(e / n));
+      });
+    } else {
+      loops.each(m * n, [&](int64_t e) { kept[e] = block.cost[e]; });
+    }
     block.cost = kept;
   }
   const T* const a = static_cast<const T*>(solve.a) + problem * m;
@@ -116,21 +126,22 @@ void run(const CudaSolve& solve, int64_t limit, cudaStream_t stream) {
 
 int64_t solve_numbers(int64_t m, int64_t n) { return m + n + solve_room(m, n); }
 
-bool solve_fits(int64_t m, int64_t n, Dtype dtype, int device) {
+bool solve_fits(int64_t m, int64_t n, Dtype dtype, bool of_points, int device) {
   bool fits = false;
   dispatch_device(dtype, [&](auto element) {
     using C = decltype(element);
     using T = std::conditional_t<std::is_same_v<C, double>, double, float>;
-    fits = Layout<T, C, kLongList>(m, n).vectors <= shared_limit(device) - kReserved;
+    const Layout<T, C, kLongList> layout(m, n);
+    fits = layout.vectors + (of_points ? layout.cost : 0) <= shared_limit(device) - kReserved;
   });
   return fits;
 }
 
-void solve_cuda(const CudaSolve& solve, Dtype dtype, int device, void* stream) {
+void solve_cuda(const CudaSolve& solve, int device, void* stream) {
   const DeviceGuard guard(device);
   const Options& options = solve.settings.options;
   const bool listed = options.reg == Reg::kSparse && options.k <= kLongList;
-  dispatch_device(dtype, [&](auto element) {
+  dispatch_device(solve.cost.dtype, [&](auto element) {
     using C = decltype(element);
     using T = std::conditional_t<std::is_same_v<C, double>, double, float>;
     const int64_t limit = shared_limit(device) - kReserved;

@@ -13,21 +13,34 @@ namespace {
 
 inline constexpr int64_t kRowsPerChunk = 64;
 
-Dtype state_dtype(Dtype dtype) {
-  return dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+using Outputs = std::tuple<Tensor, Tensor>;
+
+// (R, n) in the input's dtype and (R,) in the state's: x and tau, or the gradients of input and
+// total.
+Outputs outputs_of(const Tensor& input) {
+  const Dtype state = input.dtype == Dtype::kFloat64 ? Dtype::kFloat64 : Dtype::kFloat32;
+  const int64_t rows = input.size(0), n = input.size(1);
+  return {input.new_empty({rows, n}, input.dtype), input.new_empty({rows}, state)};
+}
+
+// body(first, end) over chunks of rows.
+template <class Body>
+void for_chunks(int64_t rows, int threads, const Body& body) {
+  parallel_for((rows + kRowsPerChunk - 1) / kRowsPerChunk, threads, [&](int64_t chunk) {
+    body(chunk * kRowsPerChunk, std::min(rows, (chunk + 1) * kRowsPerChunk));
+  });
 }
 
 template <class T, class U>
 void project(const U* input, const T* total, U* output, T* tau, int64_t rows, int64_t n, int64_t k,
              int threads) {
   const int64_t lanes = vector_bytes(isa()) / sizeof(T);
-  parallel_for((rows + kRowsPerChunk - 1) / kRowsPerChunk, threads, [&](int64_t chunk) {
+  for_chunks(rows, threads, [&](int64_t begin, int64_t end) {
     std::vector<T> room(2 * n * lanes);
     T* scores = room.data();
     T* found = scores + n * lanes;
     Tile<T> tile({n, 1, k, 1, Reg::kSparse, false}, scores, found);
-    const int64_t end = std::min(rows, (chunk + 1) * kRowsPerChunk);
-    for (int64_t first = chunk * kRowsPerChunk; first < end; first += lanes) {
+    for (int64_t first = begin; first < end; first += lanes) {
       const int64_t live = std::min(lanes, end - first);
       std::fill_n(scores, n * lanes, -std::numeric_limits<T>::infinity());
       std::fill_n(found, n * lanes, T(0));
@@ -46,11 +59,10 @@ void project(const U* input, const T* total, U* output, T* tau, int64_t rows, in
   });
 }
 
-std::tuple<Tensor, Tensor> sparse_simplex_projection_forward(const Tensor& input,
-                                                             const Tensor& total, int64_t max_nz) {
+Outputs sparse_simplex_projection_forward(const Tensor& input, const Tensor& total,
+                                          int64_t max_nz) {
   const int64_t rows = input.size(0), n = input.size(1);
-  const std::tuple<Tensor, Tensor> out{input.new_empty({rows, n}, input.dtype),
-                                       input.new_empty({rows}, total.dtype)};
+  const Outputs out = outputs_of(input);
   const auto& [output, tau] = out;
   const int threads = num_threads();
   const py::gil_scoped_release release;
@@ -67,9 +79,8 @@ std::tuple<Tensor, Tensor> sparse_simplex_projection_forward(const Tensor& input
 template <class T, class U>
 void project_backward(const U* grad_output, const U* output, U* grad_input, T* grad_total,
                       int64_t rows, int64_t n, int threads) {
-  parallel_for((rows + kRowsPerChunk - 1) / kRowsPerChunk, threads, [&](int64_t chunk) {
-    const int64_t end = std::min(rows, (chunk + 1) * kRowsPerChunk);
-    for (int64_t row = chunk * kRowsPerChunk; row < end; ++row) {
+  for_chunks(rows, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
       const U* grad = grad_output + row * n;
       const U* x = output + row * n;
       double sum = 0;
@@ -89,11 +100,9 @@ void project_backward(const U* grad_output, const U* output, U* grad_input, T* g
   });
 }
 
-std::tuple<Tensor, Tensor> sparse_simplex_projection_backward(const Tensor& grad_output,
-                                                              const Tensor& output) {
+Outputs sparse_simplex_projection_backward(const Tensor& grad_output, const Tensor& output) {
   const int64_t rows = output.size(0), n = output.size(1);
-  const std::tuple<Tensor, Tensor> out{output.new_empty({rows, n}, output.dtype),
-                                       output.new_empty({rows}, state_dtype(output.dtype))};
+  const Outputs out = outputs_of(output);
   const auto& [grad_input, grad_total] = out;
   const int threads = num_threads();
   const py::gil_scoped_release release;
@@ -107,28 +116,23 @@ std::tuple<Tensor, Tensor> sparse_simplex_projection_backward(const Tensor& grad
 }
 
 #ifdef DASHPOT_CUDA
-std::tuple<Tensor, Tensor> sparse_simplex_projection_forward_cuda(const Tensor& input,
-                                                                  const Tensor& total,
-                                                                  int64_t max_nz) {
-  const int64_t rows = input.size(0), n = input.size(1);
-  const std::tuple<Tensor, Tensor> out{input.new_empty({rows, n}, input.dtype),
-                                       input.new_empty({rows}, total.dtype)};
+Outputs sparse_simplex_projection_forward_cuda(const Tensor& input, const Tensor& total,
+                                               int64_t max_nz) {
+  const Outputs out = outputs_of(input);
   const auto& [output, tau] = out;
   const Place place = place_of(input);
-  project_cuda(input.data, input.dtype, total.data, output.data, tau.data, rows, n, max_nz,
-               place.device, place.stream);
+  project_cuda(input.data, input.dtype, total.data, output.data, tau.data, input.size(0),
+               input.size(1), max_nz, place.device, place.stream);
   return out;
 }
 
-std::tuple<Tensor, Tensor> sparse_simplex_projection_backward_cuda(const Tensor& grad_output,
-                                                                   const Tensor& output) {
-  const int64_t rows = output.size(0), n = output.size(1);
-  const std::tuple<Tensor, Tensor> out{output.new_empty({rows, n}, output.dtype),
-                                       output.new_empty({rows}, state_dtype(output.dtype))};
+Outputs sparse_simplex_projection_backward_cuda(const Tensor& grad_output, const Tensor& output) {
+  const Outputs out = outputs_of(output);
   const auto& [grad_input, grad_total] = out;
   const Place place = place_of(output);
   project_backward_cuda(grad_output.data, output.data, output.dtype, grad_input.data,
-                        grad_total.data, rows, n, place.device, place.stream);
+                        grad_total.data, output.size(0), output.size(1), place.device,
+                        place.stream);
   return out;
 }
 #endif

@@ -27,20 +27,8 @@ __global__ void __launch_bounds__(kThreads)
   const Scores<T, 1, RowEntries<T, U>> scores{
       {input + row * n},
       keep ? reinterpret_cast<T*>(shared + (L ? sizeof(RowLists) : 0)) : nullptr};
-  Found<T> found;
-  if constexpr (L > 0) {
-    List<T, L> top;
-#pragma unroll
-    for (int q = 0; q < L; ++q) top.value[q] = lowest<T>(), top.row[q] = INT32_MAX;
-    read_scores(team, scores, [&](int64_t i, T score) { top.insert(score, static_cast<int>(i)); });
-    merge_lists(top, lists);
-    found = choose_listed(top, static_cast<int>(k), total[row], false);
-  } else {
-    T highest = lowest<T>();
-    read_scores(team, scores, [&](int64_t, T score) { highest = Max{}(highest, score); });
-    highest = team.all({highest, highest}, Max{}).first;
-    found = choose_by_threshold(team, scores, highest, static_cast<T>(k), total[row], false);
-  }
+  List<T, L ? L : 1> top;
+  const Found<T> found = choose<L>(team, scores, lists, top, k, total[row], false);
   for (int64_t i = team.lane(); i < n; i += team.lanes()) {
     const T score = scores.at(i);
     output[row * n + i] = device_cast<U>(found.has(i, score) ? score - found.theta : T(0));

@@ -1,9 +1,13 @@
 """`TopKPlan`: the forms that a plan is delivered in."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
 from dashpot.transport import TopKPlan
+from scipy import sparse
 
 DENSE = torch.tensor([[0.5, 0, 0.1], [0, 0, 0.3], [0.2, 0, 0]])
 
@@ -31,6 +35,37 @@ def test_every_form_says_the_same(make):
         assert torch.equal(sparse.to_dense(), DENSE) and sparse.values().numel() == 4
     np.testing.assert_array_equal(plan.to_scipy().toarray(), DENSE.numpy())
     assert plan.to_scipy().nnz == 4
+
+
+@pytest.mark.parametrize("make", [by_columns, by_rows])
+def test_what_cupy_is_handed(make, monkeypatch):
+    """A stand-in of CuPy, for there is no GPU here: `from_dlpack` takes an object with
+    `__dlpack__` without a copy, and csc_matrix((data, (row, col)), shape=) is SciPy's signature."""
+    handed = []
+
+    def from_dlpack(tensor):
+        assert tensor.is_contiguous() and not tensor.requires_grad
+        array = np.from_dlpack(tensor)
+        assert array.ctypes.data == tensor.data_ptr()
+        handed.append(array)
+        return array
+
+    def csc_matrix(entries, *, shape):
+        values, (rows, columns) = entries
+        assert any(values is array for array in handed) and rows.dtype == columns.dtype == np.int64
+        return sparse.csc_matrix((values, (rows, columns)), shape=shape)
+
+    cupyx = types.ModuleType("cupyx.scipy")
+    cupyx.sparse = types.SimpleNamespace(csc_matrix=csc_matrix)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(from_dlpack=from_dlpack))
+    monkeypatch.setitem(sys.modules, "cupyx", types.ModuleType("cupyx"))
+    monkeypatch.setitem(sys.modules, "cupyx.scipy", cupyx)
+    plan = make()
+    plan = plan._replace(values=plan.values.clone().requires_grad_())  # leaves its graph behind
+    matrix = plan.to_cupy()
+    assert len(handed) == 3 and matrix.format == "csc"
+    assert matrix.shape == (3, 3) and matrix.nnz == 4 and matrix.dtype == np.float32
+    np.testing.assert_array_equal(matrix.toarray(), DENSE.numpy())
 
 
 def test_batches():

@@ -37,9 +37,11 @@ class Progress(NamedTuple):
 
 def may_ask(tensor: Tensor) -> bool:
     """Whether the host may look at a number of the tensor: not on a GPU, which it would wait for,
-    not in a compiled graph, which it would break, and not under torch.func."""
+    not in a compiled graph, which it would break, not under torch.func, and not of a tensor that
+    is none (FakeTensor)."""
     asked = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return tensor.device.type == "cpu" and not asked
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return tensor.device.type == "cpu" and plain and not asked
 
 
 def over(done: Tensor) -> bool:

@@ -155,8 +155,8 @@ def _continuation(problem, start, formulation, max_iter, tol, smoothing):
     steps = torch.zeros_like(found, dtype=torch.int32)
     calls, status = steps + 1, torch.full_like(steps, -1)
     for stage in range(5 if smoothing == 0 else 16):
-        floor = smoothing if smoothing > 0 else 2e-5 * energy
-        mu = torch.maximum(energy * 0.1 ** (stage + 1), torch.as_tensor(floor).to(energy))  # (B,)
+        floor = torch.full_like(energy, smoothing) if smoothing > 0 else 2e-5 * energy
+        mu = torch.maximum(energy * 0.1 ** (stage + 1), floor)  # (B,)
         limit = torch.clamp(1e-2 * mu / energy, min=tol)
         function = problem.function(problem.negated_smoothed(mu))
         function = function._replace(error=lambda g, c=limit: problem.error(g) * (tol / c))
@@ -172,7 +172,7 @@ def _continuation(problem, start, formulation, max_iter, tol, smoothing):
         settled = (value < found) & (found - value <= 1e-2 * tol * found.abs().clamp(min=1))
         best = torch.where((going & better)[:, None], y, best)
         found = torch.where(going & better, value, found)
-        last = mu <= torch.as_tensor(floor).to(energy)
+        last = mu <= floor
         status = torch.where(going & (last | settled), STALLED, status)
         status = torch.where(going & (steps >= max_iter), MAX_ITER, status)
         status = torch.where(going & (problem.error(grad) <= tol), CONVERGED, status)

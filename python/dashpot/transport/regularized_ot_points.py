@@ -177,8 +177,9 @@ def regularized_ot_points(
         b: (..., n) column masses, of the same total; None: uniform, sum 1.
         metric: c as SciPy's and POT's names have it: "sqeuclidean" :math:`|x - y|^2`, "euclidean"
             :math:`|x - y|`, "cosine" :math:`1 - x\cdot y / (|x||y|)`; "inner" :math:`-x\cdot y`.
-        reg, gamma, max_nz, sparse_dim, formulation, solver, max_iter, tol, init, smoothing, lr: as
-            in `regularized_ot`. "newton" has no kernel: it stores the cost.
+        reg, gamma, max_nz, sparse_dim, formulation, solver, max_iter, tol, smoothing, lr: as in
+            `regularized_ot`. "newton" has no kernel: it stores the cost.
+        init: alpha (..., m), or for the dual (alpha, beta (..., n)), where to start.
         plan: as in `regularized_ot`; that of "l2" and "negentropy" has m * n places, None has none.
         differentiable: "envelope": the value's gradients to x, y, a and b, from tiles of the plan
             that are made again: with plan=None nothing of m * n numbers is ever stored; "plan": the
