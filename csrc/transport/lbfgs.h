@@ -38,8 +38,8 @@ inline constexpr int kTrials = 25;         // evaluations of one line search
 DASHPOT_HD inline int64_t lbfgs_room(int64_t n) { return (2 * kSlots + 3) * n; }
 
 template <class Vectors, class Function>
-DASHPOT_HD Progress lbfgs(Vectors& vectors, Function& function, double* room, double* x, double* g,
-                          int64_t n, const Limits& limits) {
+DASHPOT_HD_APART Progress lbfgs(Vectors& vectors, Function& function, double* room, double* x,
+                                double* g, int64_t n, const Limits& limits) {
   double* direction = room;
   double* x_next = direction + n;
   double* g_next = x_next + n;

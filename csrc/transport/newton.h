@@ -22,8 +22,9 @@ DASHPOT_HD inline int64_t newton_room(int64_t m) { return 7 * m; }
 
 // d (m,) of (H + delta) d = -g at the function's last evaluation, to `reach` of |g|; room (4 m,).
 template <class Vectors, class Function>
-DASHPOT_HD void damped_direction(Vectors& vectors, Function& function, double damping, double reach,
-                                 const double* g, int64_t m, double* room, double* d) {
+DASHPOT_HD_APART void damped_direction(Vectors& vectors, Function& function, double damping,
+                                       double reach, const double* g, int64_t m, double* room,
+                                       double* d) {
   double* residual = room;
   double* along = residual + m;
   double* product = along + m;
@@ -59,8 +60,8 @@ DASHPOT_HD void damped_direction(Vectors& vectors, Function& function, double da
 //   curve(d, to)             to = H d
 // x (m,) is moved; g (m,) is left at the gradient there.
 template <class Vectors, class Function>
-DASHPOT_HD Progress newton(Vectors& vectors, Function& function, double* room, double* x, double* g,
-                           const Options& options, int64_t max_iter, double tol) {
+DASHPOT_HD_APART Progress newton(Vectors& vectors, Function& function, double* room, double* x,
+                                 double* g, const Options& options, int64_t max_iter, double tol) {
   const int64_t m = options.m;
   double* d = room;
   double* x_next = d + m;

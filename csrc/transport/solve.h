@@ -187,13 +187,13 @@ class Solve {
     std::copy_n(alpha, m, x.data());
     std::copy_n(beta, n, x.data() + m);
     Alone alone;
-    const Progress done = climb(alone, function, relaxed, smoothed, room.data(), x.data(),
-                                settings_);
+    const Progress done =
+        climb(alone, function, relaxed, smoothed, room.data(), x.data(), settings_);
     Report found = function.report(x.data(), settings_.tol, beta);
     std::copy_n(x.data(), m, alpha);
     found.iterations = static_cast<int32_t>(done.iterations);
-    found.evaluations = static_cast<int32_t>(function.evaluations + relaxed.evaluations +
-                                              smoothed.evaluations);
+    found.evaluations =
+        static_cast<int32_t>(function.evaluations + relaxed.evaluations + smoothed.evaluations);
     if (found.status != kInfeasible) found.status = blocked() ? kInfeasible : done.status;
     return found;
   }

@@ -101,9 +101,9 @@ DASHPOT_HD inline Limits limits_of(const Settings& settings, int64_t iterations)
 // Smoothed dual, mu from a tenth of the energy of an even column, gamma (b / k)^2 / 2, by tenths. x
 // moves to the best potentials of the function itself.
 template <class Vectors, class Function, class Smoothed>
-DASHPOT_HD Progress continuation(Vectors& vectors, Function& function, Smoothed& smoothed,
-                                 double* room, double* x, int64_t iterations,
-                                 const Settings& settings) {
+DASHPOT_HD_APART Progress continuation(Vectors& vectors, Function& function, Smoothed& smoothed,
+                                       double* room, double* x, int64_t iterations,
+                                       const Settings& settings) {
   const Options& options = settings.options;
   const int64_t m = options.m, n = options.n, size = function.size();
   double* y = room;             // (m + n,)
@@ -184,7 +184,8 @@ DASHPOT_HD Progress climb(Vectors& vectors, Function& function, Relaxed& relaxed
     climb_itself();
     if (!(automatic && bounded) || done.status != kStalled || done.iterations >= steps) return done;
   }
-  done = done + continuation(vectors, function, smoothed, room, x, steps - done.iterations, settings);
+  done =
+      done + continuation(vectors, function, smoothed, room, x, steps - done.iterations, settings);
   // what a kink leaves to climb
   if (done.status != kConverged && done.iterations < steps) climb_itself();
   return done;

@@ -56,8 +56,8 @@ class Support {
     m_ = options.m, n_ = options.n, gamma_ = options.gamma;
     beta_.resize(n_);
     for (int64_t j = 0; j < n_; ++j) {  // not finite: nothing can be chosen
-      beta_[j] = std::isfinite(beta[j]) ? static_cast<T>(beta[j])
-                                        : -std::numeric_limits<T>::infinity();
+      beta_[j] =
+          std::isfinite(beta[j]) ? static_cast<T>(beta[j]) : -std::numeric_limits<T>::infinity();
     }
     const int64_t lines = by_rows_ ? m_ : n_, length = by_rows_ ? n_ : m_;
     const T* const own = by_rows_ ? alpha : beta_.data();
@@ -103,9 +103,7 @@ class Support {
   };
 
   void from_rows(const double* x, double* to) const { by_rows_ ? spread(x, to) : gather(x, to); }
-  void from_columns(const double* x, double* to) const {
-    by_rows_ ? gather(x, to) : spread(x, to);
-  }
+  void from_columns(const double* x, double* to) const { by_rows_ ? gather(x, to) : spread(x, to); }
 
   // to (lines,): the sums of x over each line's places.
   void gather(const double* x, double* to) const {
@@ -135,7 +133,7 @@ class Support {
   int64_t m_ = 0, n_ = 0;
   double gamma_ = 1;
   std::vector<Chunk> chunks_;
-  std::vector<T> beta_;                // (n,)
+  std::vector<T> beta_;                 // (n,)
   std::vector<double> rows_, columns_;  // counts (m,), (n,)
   std::vector<double> mean_, ones_;
 };
