@@ -194,10 +194,9 @@ class Candidates {
                     const T* b, int64_t first, int64_t count, T* level, T* column,
                     double* row_sums) {
     std::vector<double> sums(options.m);
-    const double value = evaluate_columns<T, C>(
-        options, alpha, beta, b, cost, first, first + count, sums.data(),
-        PerColumn<T>{column, options.smoothing > 0 ? level : nullptr, nullptr},
-        [](const Tile<T>&, int64_t, int64_t) {});
+    const double value = evaluate_columns<T, C>(options, alpha, beta, b, cost, first, first + count,
+                                                sums.data(), PerColumn<T>{column, level, nullptr},
+                                                [](const Tile<T>&, int64_t, int64_t) {});
     for (int64_t i = 0; i < options.m; ++i) row_sums[i] += sums[i];
     return value;
   }

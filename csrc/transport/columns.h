@@ -7,9 +7,9 @@
 //
 // The scores of a tile of columns are formed once and stay in the cache (m x lanes), where they are
 // walked over: once for k <= kListed (the k + 1 largest of each lane in registers), else a few
-// times for the threshold (Newton on sum [s - theta]+, from below monotone and finite) and, if its
-// support exceeds k, for the k-th largest (bisection on counts). No sort. Row sums gather in m
-// vectors.
+// times for the threshold (Newton on sum [s - theta]+ from the last evaluation's, monotone and
+// finite from its first step on) and, if its support exceeds k, for the k-th largest (bisection on
+// counts). No sort. Row sums gather in m vectors.
 #pragma once
 
 #include <algorithm>
@@ -40,7 +40,7 @@ struct Tile {
   T mass[kMaxLanes] = {};   // b
   T theta[kMaxLanes] = {};  // threshold; for negative entropy gamma * log-sum-exp(s / gamma)
   T sum[kMaxLanes] = {};    // column sums of T
-  T level[kMaxLanes] = {};  // smoothed dual: lambda; where the search for it starts, and its end
+  T level[kMaxLanes] = {};  // where the search for theta starts, or lambda's (smoothed); its end
   T bound[kMaxLanes] = {};  // scores below it are not chosen
   T tied[kMaxLanes] = {};   // 1 where the k-th and the next score tie (options.tie >= 0)
   double value[kMaxLanes] = {};
@@ -156,20 +156,25 @@ DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
   const V infinity = fill<T, isa>(std::numeric_limits<T>::infinity());
   const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
   const V budget = tile.gamma * load<T, isa>(tile.mass);
-  V highest = -infinity;
+  const V start = tile.dual ? zero : load<T, isa>(tile.level);
+  V highest = -infinity, excess = zero, count = zero;
   for (int64_t i = 0; i < tile.m; ++i) {
-    const V score = load<T, isa>(tile.scores + i * kWidth);
+    const V score = load<T, isa>(tile.scores + i * kWidth), gap = score - start;
     highest = score > highest ? score : highest;
+    excess += gap > zero ? gap : zero;
+    count += gap > zero ? one : zero;
   }
   const Mask<T, isa> dead = highest == -infinity;
   Choice<T, isa> found;
-  V excess, count;
-  if (tile.dual) {
-    found.theta = zero;
-    above<T, isa>(tile, zero, &excess, &count);
-  } else {
-    // From theta = highest - budget the root lies ahead; each step lands before it or on it.
-    found.theta = dead ? zero : highest - budget;
+  found.theta = zero;
+  if (!tile.dual) {
+    // The sum is convex: a step of Newton's from anywhere lands before the root or on it, as does
+    // highest - budget; from there on each step does.
+    const V least = highest - budget;
+    const V step = start + (excess - budget) / (count > zero ? count : one);
+    found.theta = count > zero ? step : least;
+    found.theta = found.theta > least ? found.theta : least;
+    found.theta = dead ? zero : found.theta;
     // A rounded step may fall short and bring a score back: the count must fall for another one.
     V before = infinity;
     for (;;) {
@@ -243,6 +248,7 @@ DASHPOT_INLINE void apply(Tile<T>& tile, const Choice<T, isa>& found) {
   }
   store<T, isa>(tile.sum, sums);
   store<T, isa>(tile.theta, found.theta);
+  store<T, isa>(tile.level, found.theta);
   store<T, isa>(tile.bound, found.bound);
   for (int lane = 0; lane < kWidth; ++lane) {
     double square = squares[lane];
@@ -447,6 +453,10 @@ struct Cost {
     return {data + problem * entries, row, column};
   }
   CostColumn<C> column_of(int64_t j) const { return {data + j * column, row}; }
+  // Rows, or where the columns lie one after another columns, `length` numbers each.
+  using Entry = C;
+  bool lines_are_rows() const { return column == 1; }
+  const C* line(int64_t l, int64_t length) const { return data + l * length; }
   bool admits(int64_t i, int64_t j) const {
     return std::isfinite(convert<double>(data[i * row + j * column]));
   }
@@ -534,7 +544,7 @@ T* tile_room(int64_t count) {
 template <class T>
 struct PerColumn {
   T* column;      // (n,)
-  T* level;       // (n,) read and written where the dual is smoothed, else null
+  T* level;       // (n,) Tile::level from evaluation to evaluation, or null
   int32_t* tied;  // (n,) or null
 };
 
@@ -548,6 +558,7 @@ double evaluate_columns(const Options& options, const T* alpha, const T* beta, c
   T* room = tile_room<T>((kGroup + 1) * m * lanes);
   Tile<T> tile(options, room, room + kGroup * m * lanes);
   std::fill_n(tile.row_sums, m * lanes, T(0));
+  const T unknown = options.smoothing > 0 ? T(0) : std::numeric_limits<T>::infinity();
   double value = 0;
   for (int64_t first = begin; first < end; first += kGroup * lanes) {
     const int64_t live = std::min(kGroup * lanes, end - first);
@@ -559,7 +570,7 @@ double evaluate_columns(const Options& options, const T* alpha, const T* beta, c
       const int64_t count = std::min(lanes, live - start), j = first + start;
       for (int64_t lane = 0; lane < lanes; ++lane) {
         tile.mass[lane] = lane < count ? b[j + lane] : T(0);
-        tile.level[lane] = found.level && lane < count ? found.level[j + lane] : T(0);
+        tile.level[lane] = found.level && lane < count ? found.level[j + lane] : unknown;
       }
       run_on_isa<SolveTile<T>>(&tile);
       for (int64_t lane = 0; lane < count; ++lane) {

@@ -111,6 +111,9 @@ struct Cost<Points<S>> {
     run_on_isa<FillColumn<S>>(room.data(), y + j * d, x_strips, strips(m), d, metric);
     return {room.data(), 1};
   }
+  using Entry = S;
+  bool lines_are_rows() const { return false; }
+  const S* line(int64_t j, int64_t) const { return column_of(j).first; }
   bool admits(int64_t, int64_t) const { return true; }
 };
 

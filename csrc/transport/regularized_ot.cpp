@@ -68,7 +68,6 @@ Outputs regularized_ot_forward(const Tensor& cost, const Tensor& a, const Tensor
 }
 
 std::optional<std::string> regularized_ot_supports(const py::args& args) {
-  if (py::cast<std::string>(args[10]) == "newton") return "has no Newton's method";
   return cannot_take(py::cast<Tensor>(args[0]), py::cast<std::optional<Tensor>>(args[15]),
                      py::cast<Tensor>(args[1]).size(1));
 }

@@ -81,7 +81,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   Options dual = settings.options;
   dual.dual = true;
   Function smoothed(dual, block, columns, loops, lists);
-  const Progress done = climb(loops, function, smoothed, room, x, settings);
+  Options bare = settings.options;
+  bare.reg = Reg::kL2;
+  bare.k = m;
+  BlockFunction<T, C, 0> relaxed(bare, block, columns, loops, nullptr);
+  const Progress done = climb(loops, function, relaxed, smoothed, room, x, settings);
   const Report found = function.report(x, settings.tol, room);
   loops.each(m, [&](int64_t i) {
     static_cast<T*>(solve.to_alpha)[problem * m + i] = static_cast<T>(x[i]);
@@ -98,7 +102,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_cast<T*>(solve.gap)[problem] = static_cast<T>(found.gap);
   int32_t* const counts = solve.counts + 4 * problem;
   counts[0] = static_cast<int32_t>(done.iterations);
-  counts[1] = static_cast<int32_t>(function.evaluations + smoothed.evaluations);
+  counts[1] = static_cast<int32_t>(function.evaluations + relaxed.evaluations +
+                                   smoothed.evaluations);
   counts[2] = found.tied;
   counts[3] = found.status == kInfeasible ? kInfeasible : done.status;
 }

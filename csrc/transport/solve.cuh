@@ -115,6 +115,51 @@ class BlockFunction {
     return gamma + gamma * log(static_cast<double>(problem_.b[j])) - found;
   }
 
+  // What Newton's method asks of the l2 semi-dual, see newton.h.
+  __device__ void soften(double gamma) { options_.gamma = gamma; }
+  __device__ double spread() const {
+    Pair<double> ends{-INFINITY, -INFINITY};  // minus the smallest, the largest
+    vectors_.each(options_.m * options_.n, [&](int64_t e) {
+      const double cost = device_cast<T>(problem_.cost[e]);
+      ends.first = Max{}(ends.first, -cost);
+      ends.second = Max{}(ends.second, cost < INFINITY ? cost : -INFINITY);
+    });
+    ends = vectors_.team.all(ends, Max{});
+    return ends.first + ends.second > 0 ? ends.first + ends.second : 0.0;
+  }
+  // to = W 1 / gamma at the last evaluation
+  __device__ __noinline__ void diagonal(double* to) const {
+    __syncthreads();
+    vectors_.each(options_.m, [&](int64_t i) {
+      double count = 0;
+      for (int64_t j = 0; j < options_.n; ++j) count += holds(i, j) ? 1 : 0;
+      to[i] = count / options_.gamma;
+    });
+  }
+  // to = H d: means of d over the columns' supports first, where `level` has room for them.
+  __device__ __noinline__ void curve(const double* d, double* to) const {
+    const int64_t m = options_.m, n = options_.n;
+    __syncthreads();
+    for (int64_t first = 0; first < n; first += kColumns) {
+      const int64_t j = first + columns_.column();
+      Pair<T> mine{0, 0};
+      for (int64_t i = columns_.lane(); i < m && j < n; i += columns_.lanes()) {
+        if (!holds(i, j)) continue;
+        mine.first += static_cast<T>(d[i]);
+        mine.second += 1;
+      }
+      const Pair<T> total = columns_.all(mine, Sum{});
+      if (columns_.lane() > 0 || j >= n) continue;
+      problem_.level[j] = total.second > 0 ? total.first / total.second : T(0);
+    }
+    __syncthreads();
+    vectors_.each(m, [&](int64_t i) {
+      double sum = 0;
+      for (int64_t j = 0; j < n; ++j) sum += holds(i, j) ? d[i] - problem_.level[j] : 0.0;
+      to[i] = sum / options_.gamma;
+    });
+  }
+
   // Value, errors, gap and ties at x; beta (n,) too. The last evaluation of a solve.
   __device__ __noinline__ Report report(const double* x, double tol, double* to_beta) {
     const int64_t m = options_.m, n = options_.n;
@@ -156,6 +201,13 @@ class BlockFunction {
   }
 
  private:
+  // Whether the plan of the last evaluation (l2, semi-dual) holds the pair.
+  __device__ bool holds(int64_t i, int64_t j) const {
+    const T theta = problem_.out[j];
+    const T cost = device_cast<T>(problem_.cost[i * problem_.row + j * problem_.column]);
+    return theta > lowest<T>() && problem_.alpha[i] - cost > theta;
+  }
+
   // The objective; leaves row sums and what is found of the columns in the problem.
   __device__ __noinline__ double evaluate(const double* x) {
     using Form = Gain<T, StoredColumn<T, C>>;

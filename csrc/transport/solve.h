@@ -13,6 +13,7 @@
 #include "transport/candidates.h"
 #include "transport/evaluate.h"
 #include "transport/solvers.h"
+#include "transport/support.h"
 #include "transport/vectors.h"
 
 namespace dashpot::transport {
@@ -20,6 +21,7 @@ namespace dashpot::transport {
 inline Solver solver_of(const std::string& name) {
   return name == "adam"       ? Solver::kAdam
          : name == "lbfgs"    ? Solver::kLbfgs
+         : name == "newton"   ? Solver::kNewton
          : name == "sinkhorn" ? Solver::kSinkhorn
                               : Solver::kAuto;
 }
@@ -40,7 +42,7 @@ class Negated {
         threads_(threads),
         alpha_(options.m),
         beta_(options.n),
-        level_(options.n),
+        level_(options.n, std::numeric_limits<T>::infinity()),
         column_(options.n) {
     for (int64_t i = 0; i < options.m; ++i) mass_ += a[i];
     scale =
@@ -65,8 +67,7 @@ class Negated {
                        scratch_, threads_);
     } else {
       evaluate<T, C, double>(options_, 1, alpha_.data(), beta, cost_, a_, b_, &obj, g, column,
-                             options_.smoothing > 0 ? level_.data() : nullptr, nullptr, scratch_,
-                             threads_);
+                             level_.data(), nullptr, scratch_, threads_);
     }
     for (int64_t i = 0; i < size(); ++i) g[i] = -g[i];
     ++evaluations;
@@ -80,6 +81,29 @@ class Negated {
     for (int64_t i = options_.m; i < size(); ++i) columns += std::fabs(g[i]);
     return std::max(rows, columns) / std::max(mass_, 1e-300);
   }
+
+  // What Newton's method asks of the l2 semi-dual, see newton.h.
+  void soften(double gamma) { options_.gamma = gamma; }
+  double spread() const {
+    double low = INFINITY, high = -INFINITY;
+    const bool rows = cost_.lines_are_rows();
+    const int64_t length = rows ? options_.n : options_.m;
+    for (int64_t l = 0; l < (rows ? options_.m : options_.n); ++l) {
+      const auto* const line = cost_.line(l, length);
+      for (int64_t c = 0; c < length; ++c) {
+        const double value = convert<double>(line[c]);
+        if (value < low) low = value;
+        if (value > high && value < INFINITY) high = value;
+      }
+    }
+    return high >= low ? high - low : 0;
+  }
+  void diagonal(double* to) {
+    support_.list(options_, cost_, alpha_.data(), column_.data(), threads_);
+    ++evaluations;
+    support_.diagonal(to);
+  }
+  void curve(const double* d, double* to) { support_.curve(d, to); }
 
   // Masses of the rows and of the columns.
   double a(int64_t i) const { return a_[i]; }
@@ -135,6 +159,7 @@ class Negated {
   std::vector<double> column_;
   Scratch<T> scratch_;
   Candidates<T, C> listed_;
+  Support<T, C> support_;
 };
 
 template <class T, class C>
@@ -152,16 +177,22 @@ class Solve {
     const std::vector<double> a(a_, a_ + m), b(b_, b_ + n);
     Options dual = options;
     dual.dual = true;
+    Options bare = options;
+    bare.reg = Reg::kL2;
+    bare.k = m;
+    Negated<T, C> relaxed(bare, cost_, a_, b_, threads_);
     Negated<double, C> smoothed(dual, cost_, a.data(), b.data(), threads_);
     std::vector<double> x(m + n), room(solve_room(m, n));
     std::copy_n(alpha, m, x.data());
     std::copy_n(beta, n, x.data() + m);
     Alone alone;
-    const Progress done = climb(alone, function, smoothed, room.data(), x.data(), settings_);
+    const Progress done =
+        climb(alone, function, relaxed, smoothed, room.data(), x.data(), settings_);
     Report found = function.report(x.data(), settings_.tol, beta);
     std::copy_n(x.data(), m, alpha);
     found.iterations = static_cast<int32_t>(done.iterations);
-    found.evaluations = static_cast<int32_t>(function.evaluations + smoothed.evaluations);
+    found.evaluations =
+        static_cast<int32_t>(function.evaluations + relaxed.evaluations + smoothed.evaluations);
     if (found.status != kInfeasible) found.status = blocked() ? kInfeasible : done.status;
     return found;
   }

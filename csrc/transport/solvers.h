@@ -3,21 +3,25 @@
 //     adam      the router's recipe: a fixed number of steps (arXiv 2209.15466, its official code)
 //     sinkhorn  alpha += gamma (log a - log T 1), the column potentials eliminated: one read of the
 //               cost per iteration (negative entropy)
+//     newton    l2, and sparse without a bound (newton.h)
 //     lbfgs     on the function itself, or with smoothing on the smoothed dual, mu falling to it
-//     auto      sparse: lbfgs where it converges; where entries tie at the optimum, which is then a
-//               kink, the smoothed dual with mu falling until the dual itself no longer rises
+//     auto      l2: newton, then lbfgs should it stand still. sparse: newton without the bound, the
+//               start from which lbfgs has the least left to do (nothing, where no column exceeds
+//               k); where entries tie at the optimum, which is then a kink, the smoothed dual with
+//               mu falling until the dual itself no longer rises
 //
-// vectors: each(n, visit), sum(n, term), dot, add_scaled over doubles. function: minus the dual or
-// semi-dual of x (size(),) = alpha, or (alpha, beta); see Negated. All threads of a team run the
-// same code and see the same scalars.
+// vectors: each(n, visit), sum(n, term), max, dot, add_scaled over doubles. function: minus the
+// dual or semi-dual of x (size(),) = alpha, or (alpha, beta); see Negated. All threads of a team
+// run the same code and see the same scalars.
 #pragma once
 
 #include "transport/lbfgs.h"
+#include "transport/newton.h"
 #include "transport/problem.h"
 
 namespace dashpot::transport {
 
-enum class Solver { kAuto, kAdam, kLbfgs, kSinkhorn };
+enum class Solver { kAuto, kAdam, kLbfgs, kNewton, kSinkhorn };
 
 struct Settings {
   Options options;  // as the result is to be: smoothing 0
@@ -144,11 +148,15 @@ DASHPOT_HD Progress continuation(Vectors& vectors, Function& function, Smoothed&
   return done;
 }
 
-// x (m + n,) from where to start to the solution; room (solve_room(m, n),). smoothed: the dual with
-// a `smooth(mu)`.
-template <class Vectors, class Function, class Smoothed>
-DASHPOT_HD Progress climb(Vectors& vectors, Function& function, Smoothed& smoothed, double* room,
-                          double* x, const Settings& settings) {
+DASHPOT_HD inline Progress operator+(const Progress& first, const Progress& then) {
+  return {first.iterations + then.iterations, first.evaluations + then.evaluations, then.status};
+}
+
+// x (m + n,) from where to start to the solution; room (solve_room(m, n),). relaxed: the l2
+// semi-dual, without a bound; smoothed: the dual with a `smooth(mu)`.
+template <class Vectors, class Function, class Relaxed, class Smoothed>
+DASHPOT_HD Progress climb(Vectors& vectors, Function& function, Relaxed& relaxed,
+                          Smoothed& smoothed, double* room, double* x, const Settings& settings) {
   const Options& options = settings.options;
   const int64_t size = function.size(), steps = settings.max_iter;
   double* g = room;
@@ -159,23 +167,28 @@ DASHPOT_HD Progress climb(Vectors& vectors, Function& function, Smoothed& smooth
     return continuation(vectors, function, smoothed, room, x, steps, settings);
   }
   const bool bounded = options.reg == Reg::kSparse && options.k < options.m;
-  const bool automatic = settings.solver == Solver::kAuto && bounded;
+  const bool quadratic = options.reg != Reg::kNegentropy && !options.dual;
+  const bool automatic = settings.solver == Solver::kAuto;
   const bool few_columns = 4 * options.n <= options.m;  // a router: kinks from the first steps on
-  Progress first;
-  if (!(automatic && few_columns)) {
-    first = lbfgs(vectors, function, rest, x, g, size, limits_of(settings, steps));
-    if (!automatic || first.status != kStalled || first.iterations >= steps) return first;
+  Progress done;
+  if (settings.solver == Solver::kNewton || (automatic && quadratic && !(bounded && few_columns))) {
+    done = newton(vectors, relaxed, rest, x, g, options, steps, settings.tol);
+    const bool over = done.status == kConverged && !bounded;
+    if (over || done.iterations >= steps || settings.solver == Solver::kNewton) return done;
   }
-  const Progress second =
-      continuation(vectors, function, smoothed, room, x, steps - first.iterations, settings);
-  const int64_t left = steps - first.iterations - second.iterations;
-  Progress last = second;
-  if (second.status != kConverged && left > 0) {  // what a kink leaves to climb
-    last = lbfgs(vectors, function, rest, x, g, size, limits_of(settings, left));
-    last.iterations += second.iterations;
+  const auto climb_itself = [&] {
+    const Limits limits = limits_of(settings, steps - done.iterations);
+    done = done + lbfgs(vectors, function, rest, x, g, size, limits);
+  };
+  if (!(automatic && bounded && few_columns)) {
+    climb_itself();
+    if (!(automatic && bounded) || done.status != kStalled || done.iterations >= steps) return done;
   }
-  last.iterations += first.iterations;
-  return last;
+  done =
+      done + continuation(vectors, function, smoothed, room, x, steps - done.iterations, settings);
+  // what a kink leaves to climb
+  if (done.status != kConverged && done.iterations < steps) climb_itself();
+  return done;
 }
 
 }  // namespace dashpot::transport

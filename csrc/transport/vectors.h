@@ -50,6 +50,12 @@ struct Alone {
     for (int64_t i = 0; i < n; ++i) total += term(i);
     return total;
   }
+  template <class Term>
+  double max(int64_t n, const Term& term) const {
+    double most = 0;
+    for (int64_t i = 0; i < n; ++i) most = std::max<double>(most, term(i));
+    return most;
+  }
   double dot(const double* x, const double* y, int64_t n) const {
     double sum;
     run_on_isa<Dot>(x, y, n, &sum);

@@ -22,8 +22,12 @@ COST = torch.tensor(
 EVERY = [("sparse", 3), ("l2", None), ("negentropy", None)]
 
 
-@pytest.fixture(params=["cpp", "reference"])
+@pytest.fixture(
+    params=["cpp", "reference", pytest.param("emulator,cpp", marks=pytest.mark.emulator)]
+)
 def kernels_or_not(request):
+    """emulator: the CUDA solvers, which the family's every-op sizes run as far as rounding is not
+    amplified."""
     with dashpot.backend(request.param):
         yield
 
@@ -94,17 +98,61 @@ class TestVectors:
         np.testing.assert_allclose(cost.grad[3].numpy(), last, atol=1e-8)
 
 
-@pytest.mark.parametrize(("reg", "k"), [("l2", None), ("sparse", 24)])
-def test_newton(reg, k):
-    """The rows' error of a smooth problem to rounding; PyTorch's dense algebra, no kernel."""
-    cost = points(24, 24)
-    out = F.regularized_ot(cost, reg=reg, max_nz=k, solver="newton", tol=1e-12)
-    assert out.status.item() == 0 and out.row_error[0].item() < 1e-12
-    same = F.regularized_ot(cost, reg=reg, max_nz=k, solver="lbfgs", tol=1e-9, max_iter=3000)
-    assert out.value.item() == pytest.approx(same.value.item(), abs=1e-9)
-    assert out.value.item() >= same.value.item() - 1e-12
-    with dashpot.backend("cpp"), pytest.raises(RuntimeError, match="has no Newton's method"):
-        F.regularized_ot(cost, reg=reg, max_nz=k, solver="newton")
+@pytest.mark.usefixtures("kernels_or_not")
+class TestNewton:
+    @pytest.mark.parametrize(("reg", "k"), [("l2", None), ("sparse", 24)])
+    def test_reaches_rounding(self, reg, k):
+        """A small gamma: L-BFGS needs thousands of steps for less."""
+        cost = points(24, 24)
+        out = F.regularized_ot(cost, reg=reg, max_nz=k, solver="newton", tol=1e-12)
+        assert out.status.item() == 0 and out.row_error[0].item() < 1e-12
+        assert out.n_iter.item() < 60
+        same = F.regularized_ot(cost, reg=reg, max_nz=k, solver="lbfgs", tol=1e-9, max_iter=3000)
+        assert out.value.item() == pytest.approx(same.value.item(), abs=1e-9)
+        assert out.value.item() >= same.value.item() - 1e-12
+
+    def test_every_problem_of_a_batch_has_its_own_strength(self):
+        """Scales of the cost a thousand apart: one needs the fall of gamma, the other does not."""
+        cost = torch.stack([points(12, 15), 1e-3 * points(12, 15, seed=1), points(12, 15, seed=2)])
+        cost[2, 0, 1:4] = torch.inf
+        together = F.regularized_ot(cost, reg="l2", solver="newton", tol=1e-11)
+        assert (together.status == 0).all() and (together.row_error[:, 0] < 1e-11).all()
+        for i in range(3):
+            alone = F.regularized_ot(cost[i], reg="l2", solver="newton", tol=1e-11)
+            assert alone.value.item() == pytest.approx(together.value[i].item(), abs=1e-10)
+
+    def test_a_start_that_is_near_is_kept(self):
+        cost = points(24, 24)
+        first = F.regularized_ot(cost, reg="l2", solver="newton", tol=1e-12)
+        again = F.regularized_ot(
+            cost + 1e-4 * points(24, 24, seed=3), reg="l2", solver="newton", tol=1e-11,
+            init=first.alpha,
+        )  # fmt: skip
+        assert again.status.item() == 0 and again.n_iter.item() < first.n_iter.item() / 2
+
+    def test_rows_of_the_cost_may_lie_either_way(self):
+        cost = points(20, 13)
+        wide = F.regularized_ot(cost, reg="l2", solver="newton", tol=1e-11, sparse_dim=-1)
+        same = F.regularized_ot(cost.mT, reg="l2", solver="newton", tol=1e-11)
+        assert wide.value.item() == pytest.approx(same.value.item(), abs=1e-10)
+        assert wide.status.item() == same.status.item() == 0
+
+    def test_steps_are_bounded(self):
+        out = F.regularized_ot(points(24, 24), reg="l2", solver="newton", tol=1e-12, max_iter=3)
+        assert out.n_iter.item() == 3 and out.status.item() == 1
+
+    def test_auto_solves_without_the_bound_first(self):
+        """Where no column's support exceeds k that is the solution; else a start beside it."""
+        cost = points(24, 24)
+        free = F.regularized_ot(cost, reg="l2", solver="newton", tol=1e-10, plan="dense")
+        widest = int((free.plan > 0).sum(0).max())
+        inactive = F.regularized_ot(cost, max_nz=widest, tol=1e-10)
+        assert inactive.status.item() == 0
+        assert inactive.value.item() == pytest.approx(free.value.item(), abs=1e-12)
+        assert inactive.n_iter.item() <= free.n_iter.item() + 1
+        active = F.regularized_ot(cost, max_nz=1, tol=1e-10)
+        alone = F.regularized_ot(cost, max_nz=1, tol=1e-10, solver="lbfgs", max_iter=3000)
+        assert active.value.item() >= alone.value.item() - 1e-9
 
 
 def test_equals_the_search_over_supports():

@@ -173,45 +173,64 @@ def lbfgs(
 
 
 def newton(
-    function: Function, hessian: Callable[[Tensor], Tensor], x: Tensor, max_iter: int, tol: float
-) -> Progress:
-    """Semismooth Newton: (H + delta) d = -g with H = (diag(W 1) - W diag(1 / r) W^T) / gamma on the
-    support W of the plan; steps are halved until f falls."""
-    f, g = function.evaluate(x)
-    steps = torch.zeros_like(f, dtype=torch.int32)
-    calls = torch.ones_like(steps)
-    status = torch.where(function.error(g) <= tol, CONVERGED, -1)
+    evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    hessian: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    error: Callable[[Tensor], Tensor],
+    x: Tensor, gamma: float, wide: Tensor, noise: float, max_iter: int, tol: float,
+) -> Progress:  # fmt: skip
+    """Semismooth Newton for the l2 semi-dual: (H + delta) d = -g, H = (diag(W 1) - W diag(1 / r)
+    W^T) / gamma on the support W of the plan, as much damping delta as there is error.
+
+    The regulariser's strength (B,) falls to gamma by quarters, from `wide` (B,) where x is no start
+    to go on from: evaluate(x, strength) -> f (B,), g (B, m); hessian(x, strength) -> H (B, m, m),
+    W 1 / strength (B, m). One pass of the loop is one evaluation of every problem, wherever it
+    stands in its line search.
+    """
+    strength = torch.full_like(wide, gamma)
+    f, g = evaluate(x, strength)
+    quarters = (wide / gamma).clamp(min=1).log2().div(2).ceil()
+    strength = torch.where(error(g) > 0.1, gamma * 4**quarters, strength)
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    for _ in range(max_iter):
+    d, t, damping = torch.zeros_like(x), torch.ones_like(f), torch.full_like(f, 1e-2)
+    fresh = torch.ones_like(f, dtype=torch.bool)  # a stage's first evaluation: d = 0
+    trials, steps = torch.zeros_like(f), torch.zeros_like(f, dtype=torch.int32)
+    calls, status = steps + 1, steps - 1
+    for _ in range(4 * max_iter + 60):
         going = status < 0
         if over(~going):
             break
-        h = hessian(x)  # (B, m, m)
-        size = h.diagonal(dim1=1, dim2=2).amax(1).clamp(min=1e-300)  # (B,)
-        # Singular along constants and where rows hold nothing: as much damping as there is error.
-        damping = size * (1e-12 + 1e-3 * function.error(g).clamp(max=1))
-        d = torch.linalg.solve(h + damping[:, None, None] * eye, -g)  # (B, m)
-        slope = (g * d).sum(1)
-        t = torch.ones_like(f)
-        moved = torch.zeros_like(going)
-        for _ in range(20):
-            tried = x + t[:, None] * d
-            f_next, g_next = function.evaluate(tried)
-            calls = calls + (going & ~moved).int()
-            fine = f_next <= f + 1e-4 * t * slope
-            fine = fine | (f_next <= f + function.noise * f.abs()) & (
-                function.error(g_next) < function.error(g)
-            )
-            take = going & fine & ~moved
-            x, f = torch.where(take[:, None], tried, x), torch.where(take, f_next, f)
-            g = torch.where(take[:, None], g_next, g)
-            moved = moved | take
-            if over(moved | ~going):
-                break
-            t = torch.where(moved, t, t / 2)
-        steps = steps + moved.int()
-        status = torch.where(going & ~moved, STALLED, status)
-        status = torch.where(moved & (function.error(g) <= tol), CONVERGED, status)
+        tried = x + t[:, None] * d
+        f_next, g_next = evaluate(tried, strength)
+        calls, trials = calls + going.int(), trials + 1
+        fine = f_next <= f + 1e-4 * t * (g * d).sum(1)
+        fine = fine | ((f_next <= f + noise * f.abs()) & (error(g_next) < error(g)))
+        take = going & (fine | fresh)
+        failed = going & ~take & (trials >= 20)
+        x, g = torch.where(take[:, None], tried, x), torch.where(take[:, None], g_next, g)
+        f = torch.where(take, f_next, f)
+        steps = steps + (take & ~fresh).int()
+        short = torch.where(trials < 4, 4 ** (trials - 1), 64.0)
+        short = torch.where(trials == 1, 0.25, short)
+        damping = torch.where(take & ~fresh, (damping * short).clamp(1e-4, 1e3), damping)
+
+        last = strength <= gamma
+        there = take & (error(g) <= torch.where(last, tol, max(tol, 1e-2)))
+        status = torch.where(there & last, CONVERGED, status)
+        status = torch.where(failed & last, STALLED, status)
+        status = torch.where(take & ~there & (steps >= max_iter), MAX_ITER, status)
+        fresh = (there | failed) & ~last
+        strength = torch.where(fresh, (strength / 4).clamp(min=gamma), strength)
+        turn = take & ~there
+        if may_ask(turn) and not bool(turn.any()):
+            new = d
+        else:
+            h, most = hessian(x, strength)
+            delta = damping * error(g).clamp(max=1) + 1e-12
+            delta = delta * most.amax(1).clamp(min=1e-300)  # (B,)
+            new = torch.linalg.solve(h + delta[:, None, None] * eye, -g)  # (B, m)
+        d = torch.where(turn[:, None], new, torch.where(fresh[:, None], 0, d))
+        t = torch.where(turn | fresh, 1, t / 2)
+        trials = torch.where(turn | fresh, 0, trials)
     return Progress(x, steps, calls, torch.where(status < 0, MAX_ITER, status).int())
 
 

@@ -26,6 +26,7 @@ class _Problem:
 
     def __init__(self, cost, a, b, reg, gamma, k, y=None, metric=""):
         self.kernels = _has_kernels(cost)
+        self._call = OT_VALUE_GRAD.forward_op if self.kernels else _ot_value_grad_reference
         if y is not None and not self.kernels:
             cost, y, metric = points_cost(cost, y, metric), None, ""
         self.cost, self.y, self.metric = cost.contiguous() if self.kernels else cost, y, metric
@@ -35,8 +36,7 @@ class _Problem:
         self.noise = 1e-14 if a.dtype == torch.float64 else 1e-7
 
     def _evaluate(self, alpha, beta, smoothing=None, level=None):
-        call = OT_VALUE_GRAD.forward_op if self.kernels else _ot_value_grad_reference
-        return call(
+        return self._call(
             alpha.contiguous(), beta if beta is None else beta.contiguous(), self.cost, self.y,
             self.a, self.b, smoothing, level, self.metric, self.reg, self.gamma, self.k,
         )  # fmt: skip
@@ -90,14 +90,38 @@ class _Problem:
         scale = scale[:, 0] if isinstance(scale, Tensor) else scale
         return Function(evaluate, self.error, scale, self.noise)
 
-    def hessian(self, alpha):
-        """Of minus the semi-dual, l2: (diag(W 1) - W diag(1 / r) W^T) / gamma."""
-        _, _, beta = self.semi_dual(alpha)
-        cost = torch.cat([cost for _, cost in self.columns()], 2)
-        s = alpha[:, :, None] + beta[:, None] - cost
+    def _softened(self, alpha, strength):
+        """The semi-dual without a bound at a gamma of each problem's own (B,): that of alpha and
+        the cost over it at gamma 1. The scaled cost (B, m, n), stored, and the evaluation."""
+        cost = torch.cat([cost for _, cost in self.columns()], 2) / strength[:, None, None]
+        rest = None, None, "", "l2", 1.0, self.m
+        return cost, self._call(alpha, None, cost, None, self.a, self.b, *rest)
+
+    def negated_l2(self, alpha, strength):
+        """The semi-dual without a bound at a gamma of each problem's own (B,)."""
+        _, (value, grad, *_) = self._softened(alpha / strength[:, None], strength)
+        return -value * strength, -grad
+
+    def hessian(self, alpha, strength):
+        """Of negated_l2 (B, m, m), and its part W 1 / gamma (B, m)."""
+        unit = strength[:, None]
+        cost, (_, _, beta, _) = self._softened(alpha / unit, strength)
+        s = (alpha / unit)[:, :, None] + beta[:, None] - cost
         support = (s > 0).to(self.a.dtype)  # (B, m, n)
         count = support.sum(1, keepdim=True).clamp(min=1)  # (B, 1, n)
-        return (torch.diag_embed(support.sum(2)) - support / count @ support.mT) / self.gamma
+        rows = support.sum(2)  # (B, m)
+        h = torch.diag_embed(rows) - support / count @ support.mT
+        return h / strength[:, None, None], rows / unit
+
+    def newton(self, alpha, max_iter, tol):
+        cost = torch.cat([cost for _, cost in self.columns()], 2).flatten(1)
+        high = torch.where(cost.isfinite(), cost, -torch.inf).amax(1)
+        spread = (high - cost.amin(1)).clamp(min=0)  # (B,)
+        wide = spread / 1024 * self.m * self.b.shape[1] / self.mass
+        return solvers.newton(
+            self.negated_l2, self.hessian, self.error, alpha, self.gamma, wide, self.noise,
+            max_iter, tol,
+        )  # fmt: skip
 
 
 def _continuation(problem, start, formulation, max_iter, tol, smoothing):
@@ -163,23 +187,45 @@ def _regularized_ot_reference(
     elif solver == "sinkhorn":
         run = solvers.sinkhorn(function, x, a, gamma, max_iter, tol)
     elif solver == "newton":
-        run = solvers.newton(function, problem.hessian, x, max_iter, tol)
-    elif smoothing > 0 or (solver == "auto" and reg == "sparse" and max_nz < problem.m):
-        start, first = x, None
-        if solver == "auto" and smoothing == 0 and 4 * b.shape[1] > problem.m:
-            first = solvers.lbfgs(function, x, max_iter, 2 * max_iter + 20, tol, 1e-3 * tol)
-            start = first.x
-            if solvers.over(first.status != STALLED):
-                return _report(problem, first, dual, tol)
-        run = _continuation(problem, start, formulation, max_iter, tol, smoothing)
-        if solver == "auto" and smoothing == 0:  # what a kink leaves to climb
-            last = solvers.lbfgs(function, run.x, max_iter, 2 * max_iter + 20, tol, 1e-3 * tol)
-            run = _then(run, last, (run.status != CONVERGED) & (run.iterations < max_iter))
-        if first is not None:  # only where it stood still, at a kink
-            run = _then(first, run, (first.status == STALLED) & (first.iterations < max_iter))
+        run = problem.newton(x, max_iter, tol)
+    elif smoothing > 0:
+        run = _continuation(problem, x, formulation, max_iter, tol, smoothing)
+    elif solver == "auto":
+        run = _automatic(problem, function, x, formulation, max_iter, tol)
     else:
-        run = solvers.lbfgs(function, x, max_iter, 2 * max_iter + 20, tol, 1e-3 * tol)
+        run = _lbfgs(function, x, max_iter, tol)
     return _report(problem, run, dual, tol)
+
+
+def _lbfgs(function, x, max_iter, tol):
+    return solvers.lbfgs(function, x, max_iter, 2 * max_iter + 20, tol, 1e-3 * tol)
+
+
+def _automatic(problem, function, x, formulation, max_iter, tol):
+    """As climb() of the compiled solvers: Newton without the bound, L-BFGS, at a kink the smoothed
+    dual, and L-BFGS for what that leaves."""
+    bounded = problem.reg == "sparse" and problem.k < problem.m
+    few_columns = 4 * problem.b.shape[1] <= problem.m
+    stored = problem.y is None  # Newton's method would store the cost of points
+    stages = []  # and whether what converged there is the solution
+    quadratic = problem.reg != "negentropy" and formulation == "semi_dual"
+    if quadratic and stored and not (bounded and few_columns):
+        stages.append((lambda x: problem.newton(x, max_iter, tol), not bounded))
+    if not (bounded and few_columns):
+        stages.append((lambda x: _lbfgs(function, x, max_iter, tol), True))
+    if bounded:
+        stages += [
+            (lambda x: _continuation(problem, x, formulation, max_iter, tol, 0.0), True),
+            (lambda x: _lbfgs(function, x, max_iter, tol), True),
+        ]
+    (stage, exact), *rest = stages
+    run = stage(x)
+    for stage, is_exact in rest:
+        goes_on = (run.iterations < max_iter) & ~((run.status == CONVERGED) & exact)
+        if solvers.over(~goes_on):
+            break
+        run, exact = _then(run, stage(run.x), goes_on), is_exact
+    return run
 
 
 def _then(first: solvers.Progress, second: solvers.Progress, goes_on: Tensor) -> solvers.Progress:
