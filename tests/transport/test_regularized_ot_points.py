@@ -51,6 +51,7 @@ def test_is_the_stored_cost(metric, reg, k, sparse_dim, formulation, differentia
     options = {
         "reg": reg, "max_nz": k, "sparse_dim": sparse_dim, "formulation": formulation,
         "differentiable": differentiable, "plan": "dense", "max_iter": 12,
+        "solver": "sinkhorn" if (reg, formulation) == ("negentropy", "semi_dual") else "lbfgs",
     }  # fmt: skip
     got = F.regularized_ot_points(x, y, a, b, metric=metric, **options)
     want = F.regularized_ot(cost_of(x, y, metric), a, b, **options)
@@ -71,11 +72,22 @@ def test_is_the_stored_cost(metric, reg, k, sparse_dim, formulation, differentia
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("solver", ["newton", "auto"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_newton(metric, solver):
+    """The support listed from columns that are made, the spread of the cost from all of them."""
+    x, y, a, b = clouds(40, 33, 3)
+    got = F.regularized_ot_points(x, y, a, b, metric=metric, reg="l2", solver=solver, tol=1e-10)
+    want = F.regularized_ot(cost_of(x, y, metric), a, b, reg="l2", solver=solver, tol=1e-10)
+    assert got.status.item() == 0 and got.row_error[0] < 1e-9
+    torch.testing.assert_close(got.value, want.value, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("m", "n", "d"), [(1, 1, 1), (1, 9, 2), (9, 1, 3), (40, 37, 300)])
 def test_odd_sizes(metric, m, n, d):
     x, y, a, b = clouds(m, n, d)
-    options = {"reg": "l2", "gamma": 5.0, "max_iter": 10}
+    options = {"reg": "l2", "gamma": 5.0, "max_iter": 10, "solver": "lbfgs"}
     got = F.regularized_ot_points(x, y, a, b, metric=metric, **options)
     want = F.regularized_ot(cost_of(x, y, metric), a, b, **options)
     torch.testing.assert_close(got.value, want.value, rtol=1e-8, atol=1e-9)
