@@ -460,8 +460,9 @@ struct Cost {
   CostColumn<C> column_of(int64_t j) const { return {data + j * column, row}; }
   // The rows from the given one on.
   Cost from_row(int64_t i) const { return {data + i * row, row, column}; }
-  // Whether rows lie one after another, and the l-th of those that do: a row, or a column.
-  bool by_rows() const { return column == 1; }
+  // Rows, or where the columns lie one after another columns, `length` numbers each.
+  using Entry = C;
+  bool lines_are_rows() const { return column == 1; }
   const C* line(int64_t l, int64_t length) const { return data + l * length; }
   bool admits(int64_t i, int64_t j) const {
     return std::isfinite(convert<double>(data[i * row + j * column]));

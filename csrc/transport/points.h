@@ -111,6 +111,9 @@ struct Cost<Points<S>> {
     run_on_isa<FillColumn<S>>(room.data(), y + j * d, x_strips, strips(m), d, metric);
     return {room.data(), 1};
   }
+  using Entry = S;
+  bool lines_are_rows() const { return false; }
+  const S* line(int64_t j, int64_t) const { return column_of(j).first; }
   bool admits(int64_t, int64_t) const { return true; }
   Cost from_row(int64_t i) const {
     Cost rest = *this;
@@ -118,8 +121,6 @@ struct Cost<Points<S>> {
     rest.x_strips = nullptr;  // has all rows
     return rest;
   }
-  bool by_rows() const { return false; }
-  const S* line(int64_t j, int64_t) const { return column_of(j).first; }
 };
 
 template <class T, class S>

@@ -85,7 +85,7 @@ class Negated {
   // What Newton's method asks of the l2 semi-dual, see newton.h.
   void soften(double gamma) { options_.gamma = gamma; }
   double spread() const {
-    const bool by_rows = cost_.by_rows();
+    const bool by_rows = cost_.lines_are_rows();
     const int64_t lines = by_rows ? options_.m : options_.n;
     const int64_t length = by_rows ? options_.n : options_.m;
     double low = INFINITY, high = -INFINITY;

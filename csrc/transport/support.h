@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "common/parallel.h"
@@ -52,7 +51,7 @@ class Support {
   // At alpha (m,), beta (n,) = -theta.
   void list(const Options& options, const Cost<C>& cost, const T* alpha, const double* beta,
             int threads) {
-    by_rows_ = cost.by_rows();
+    by_rows_ = cost.lines_are_rows();
     m_ = options.m, n_ = options.n, gamma_ = options.gamma;
     beta_.resize(n_);
     for (int64_t j = 0; j < n_; ++j) {  // not finite: nothing can be chosen
@@ -68,9 +67,8 @@ class Support {
       chunk.places.clear();
       chunk.ends.clear();
       for (int64_t l = item * kChunk; l < std::min(lines, (item + 1) * kChunk); ++l) {
-        const auto line = cost.line(l, length);
-        using E = std::remove_const_t<std::remove_pointer_t<decltype(line)>>;
-        run_on_isa<ListLine<T, E>>(own[l], other, line, length, &chunk.places);
+        run_on_isa<ListLine<T, typename Cost<C>::Entry>>(own[l], other, cost.line(l, length),
+                                                         length, &chunk.places);
         chunk.ends.push_back(static_cast<int64_t>(chunk.places.size()));
       }
     });

@@ -100,8 +100,12 @@ def test_an_evaluation_is_one_pass_of_a_kernel(how):
     assert evaluations >= int(counts[:, 1].max())
 
 
-@pytest.mark.parametrize("of_points", [False, True], ids=["stored", "points"])
-@pytest.mark.parametrize("how", SOLVES)
+@pytest.mark.parametrize(
+    ("how", "of_points"),
+    # points have no Newton's steps where there are kernels: "auto" then takes another path
+    [(how, of_points) for how in SOLVES for of_points in (False, True)
+     if not (of_points and how == "auto")],
+)  # fmt: skip
 def test_kernels_and_pytorch_agree(how, of_points, monkeypatch):
     """The loop with kernels, levels of the smoothed dual kept, against the loop without."""
     want, _ = solve(how, of_points)

@@ -183,7 +183,8 @@ def newton(
 
     The regulariser's strength (B,) falls to gamma by quarters, from `wide` (B,) where x is no start
     to go on from: evaluate(x, strength) -> f (B,), g (B, m); hessian(x, strength) -> H (B, m, m),
-    W 1 / strength (B, m). One pass of the loop is one evaluation of every problem, wherever it stands in its line search.
+    W 1 / strength (B, m). One pass of the loop is one evaluation of every problem, wherever it
+    stands in its line search.
     """
     strength = torch.full_like(wide, gamma)
     f, g = evaluate(x, strength)

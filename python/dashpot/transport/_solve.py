@@ -31,6 +31,8 @@ class _Problem:
         self.cost, self.y, self.metric = cost.contiguous() if self.kernels else cost, y, metric
         self.a, self.b, self.reg, self.gamma, self.k = a, b, reg, gamma, k
         self.m = a.shape[1]
+        # Newton's method here is dense: (B, m, m), and the cost of points stored
+        self.holds_a_matrix = self.y is None and self.m <= 4096
         self.mass = a.sum(1).clamp(min=1e-300 if a.dtype == torch.float64 else 1e-37)  # (B,)
         self.noise = 1e-14 if a.dtype == torch.float64 else 1e-7
 
@@ -223,13 +225,16 @@ def _automatic(problem, function, x, formulation, max_iter, tol):
     bounded = problem.reg == "sparse" and problem.k < problem.m
     few_columns = 4 * problem.b.shape[1] <= problem.m
     stages = []  # and whether what converged there is the solution
-    if problem.reg != "negentropy" and formulation == "semi_dual" and not (bounded and few_columns):
+    quadratic = problem.reg != "negentropy" and formulation == "semi_dual"
+    if quadratic and problem.holds_a_matrix and not (bounded and few_columns):
         stages.append((lambda x: problem.newton(x, max_iter, tol), not bounded))
     if not (bounded and few_columns):
         stages.append((lambda x: _lbfgs(function, x, max_iter, tol), True))
     if bounded:
-        smoothed = lambda x: _continuation(problem, x, formulation, max_iter, tol, 0.0)
-        stages += [(smoothed, True), (lambda x: _lbfgs(function, x, max_iter, tol), True)]
+        stages += [
+            (lambda x: _continuation(problem, x, formulation, max_iter, tol, 0.0), True),
+            (lambda x: _lbfgs(function, x, max_iter, tol), True),
+        ]
     (stage, exact), *rest = stages
     run = stage(x)
     for stage, is_exact in rest:

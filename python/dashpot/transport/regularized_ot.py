@@ -40,8 +40,8 @@ class OTResult(NamedTuple):
 
 
 def _solver_of(solver: str, reg: str, formulation: str, active: bool) -> str:
-    """auto: Sinkhorn for negative entropy (which the dual lacks), L-BFGS where the function is
-    smooth, and what regularized_ot calls "auto" where k bounds the columns."""
+    """auto: Sinkhorn for negative entropy, L-BFGS for the duals that are smooth, else what
+    regularized_ot calls "auto"."""
     if solver not in SOLVERS:
         raise ValueError(f"solver: expected one of {', '.join(SOLVERS)}, got {solver!r}")
     if solver == "sinkhorn" and (reg != "negentropy" or formulation != "semi_dual"):
@@ -234,9 +234,11 @@ def regularized_ot(
         formulation: "semi_dual": the marginals along `sparse_dim` are exact; "dual": neither is
             until the end.
         solver: "adam" (the router's recipe, `lr`), "lbfgs", "newton" (l2 or no bound),
-            "sinkhorn" (negentropy), "auto": sinkhorn, lbfgs, or for a bound that is active lbfgs
-            and, where it stands still at a kink, the smoothed dual with falling smoothing (that
-            from the start where columns are few, as in a router).
+            "sinkhorn" (negentropy), "auto": sinkhorn; l2: newton; for a bound newton without it
+            (the solution where no column exceeds it), lbfgs from there and, where that stands
+            still at a kink, the smoothed dual with falling smoothing (that from the start where
+            columns are few, as in a router). Problems that are too large for one block of a GPU
+            hold an (m, m) matrix per problem under "newton"; "auto" avoids it above m = 4096.
         max_iter: steps at most, 500 as in POT.
         tol: marginal error per mass (L1) at which a problem stops, and the distance of `tied`.
         init: alpha, or for the dual (alpha, beta), where to start; None: 0 (the dual: alpha 0 and
@@ -265,7 +267,7 @@ def regularized_ot(
     check_options(sparse_dim, formulation, plan, differentiable, max_iter, tol, smoothing, lr)
     by_rows = sparse_dim == -1
     problem = as_problem(cost, a, b, reg, gamma, max_nz, along=sparse_dim)
-    if may_ask(problem.cost) and math.isnan(problem.cost.amax().item()):  # amax passes NaN on
+    if may_ask(problem.cost) and problem.cost.numel() and math.isnan(problem.cost.amax().item()):
         raise ValueError("cost: expected numbers or +inf, got NaN")
 
     def attach(free, bound, value, values, alpha, beta, rows):

@@ -178,7 +178,7 @@ def regularized_ot_points(
         metric: c as SciPy's and POT's names have it: "sqeuclidean" :math:`|x - y|^2`, "euclidean"
             :math:`|x - y|`, "cosine" :math:`1 - x\cdot y / (|x||y|)`; "inner" :math:`-x\cdot y`.
         reg, gamma, max_nz, sparse_dim, formulation, solver, max_iter, tol, smoothing, lr: as in
-            `regularized_ot`. "newton" has no kernel: it stores the cost.
+            `regularized_ot`. On a GPU "newton" stores the cost of problems too large for a block.
         init: alpha (..., m), or for the dual (alpha, beta (..., n)), where to start.
         plan: as in `regularized_ot`; that of "l2" and "negentropy" has m * n places, None has none.
         differentiable: "envelope": the value's gradients to x, y, a and b, from tiles of the plan
