@@ -102,8 +102,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   static_cast<T*>(solve.gap)[problem] = static_cast<T>(found.gap);
   int32_t* const counts = solve.counts + 4 * problem;
   counts[0] = static_cast<int32_t>(done.iterations);
-  counts[1] = static_cast<int32_t>(function.evaluations + relaxed.evaluations +
-                                   smoothed.evaluations);
+  counts[1] =
+      static_cast<int32_t>(function.evaluations + relaxed.evaluations + smoothed.evaluations);
   counts[2] = found.tied;
   counts[3] = found.status == kInfeasible ? kInfeasible : done.status;
 }
