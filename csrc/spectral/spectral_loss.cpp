@@ -144,7 +144,6 @@ struct Outputs {
       loss.object = loss.object.attr("view")(
           input.object.attr("shape")[py::slice(py::none(), py::int_(-1), py::none())]);
     }
-    slope_x = input.new_empty({0}, type), slope_y = input.new_empty({0}, type);
     batch_x = batch_mean ? input.size(0) : rows;
     batch_y = batch_mean ? target.size(0) : rows;
     channels = batch_mean && batch_x ? rows / batch_x : 1;
@@ -157,8 +156,8 @@ struct Outputs {
   }
 
   void make_slopes(const Tensor& input, const Tensor& target) {
-    if (wants_x) slope_x = empty_like(input, type);
-    if (wants_y) slope_y = empty_like(target, type);
+    slope_x = wants_x ? empty_like(input, type) : input.new_empty({0}, type);
+    slope_y = wants_y ? empty_like(target, type) : input.new_empty({0}, type);
   }
 
   std::tuple<Tensor, Tensor, Tensor> all() const { return {loss, slope_x, slope_y}; }
@@ -231,6 +230,8 @@ struct Spectra {
   std::tuple<Tensor, Tensor, Tensor> back(Outputs& out) const {
     const py::object n = py::int_(out.n);
     Tensor slope;
+    if (!out.wants_x) out.slope_x = x.new_empty({0}, out.type);
+    if (!out.wants_y) out.slope_y = x.new_empty({0}, out.type);
     if (out.wants_x || one) slope = transformed_back("irfft", x, n, "forward");
     if (out.wants_x) out.slope_x = slope;
     if (out.wants_y) {
