@@ -307,7 +307,7 @@ struct Sizes {
   int64_t frames, groups, span;
   int segment;
   Sizes(const StftDeviceCall& call, size_t r)
-      : frames(1 + call.t / call.hops[r]),
+      : frames(frames_of(call.t, call.n_ffts[r], call.hops[r])),
         groups((frames + group_of(call.n_ffts[r]) - 1) / group_of(call.n_ffts[r])),
         span((frames - 1) * call.hops[r] + call.lengths[r]),
         segment(static_cast<int>(std::min(4 * call.lengths[r], room(call, r)))) {}
