@@ -256,7 +256,8 @@ Outputs multi_resolution_stft_loss_forward_cuda(
                       {},
                       {},
                       static_cast<float>(power_floor),
-                      mag_distance == "l2"};
+                      mag_distance == "l2",
+                      {}};
   for (size_t r = 0; r < n_ffts.size(); ++r) {
     const double share = 1.0 / static_cast<double>(n_ffts.size());
     const double bins =
@@ -268,6 +269,7 @@ Outputs multi_resolution_stft_loss_forward_cuda(
                           static_cast<float>(weights[2] * each), examples, channels, none,
                           sc_reduction == "batch" && !none});
     call.windows.push_back(windows.empty() ? nullptr : windows[r].as<float>());
+    call.whole.push_back(!is_real_length(n_ffts[r]) || n_ffts[r] > kLongestInBlock);
   }
   const Tensor loss =
       none ? input.new_empty({examples}, Dtype::kFloat32) : input.new_empty({}, Dtype::kFloat32);
@@ -277,20 +279,33 @@ Outputs multi_resolution_stft_loss_forward_cuda(
       wants[1] ? empty_like(target, Dtype::kFloat32) : input.new_empty({0}, Dtype::kFloat32);
   const Tensor scratch = input.new_empty({stft_scratch(call)}, Dtype::kFloat32);
   const Place place = place_of(input);
-  stft_cuda(call, scratch.as<float>(), loss.as<float>(), wants[0] ? slope_x.as<float>() : nullptr,
-            wants[1] ? slope_y.as<float>() : nullptr, place.device, place.stream);
+  Tensor frames, spectra, slopes, back;  // the latest of each; PyTorch's allocator minds the stream
+  const StftTransforms transforms{
+      [&](int64_t of, int64_t n) {
+        frames = input.new_empty({2, of, n}, Dtype::kFloat32);
+        return frames.as<float>();
+      },
+      [&] {
+        spectra = transformed("rfft", frames, nullptr, Dtype::kFloat32, "backward");
+        return spectra.as<const float>();
+      },
+      [&](int64_t of, int64_t bins) {
+        slopes = input.new_empty({of, bins, 2}, Dtype::kFloat32);
+        return slopes.as<float>();
+      },
+      [&](int64_t n) {
+        back = transformed_back("irfft", slopes, py::int_(n), "forward");
+        return back.as<const float>();
+      }};
+  stft_cuda(call, transforms, scratch.as<float>(), loss.as<float>(),
+            wants[0] ? slope_x.as<float>() : nullptr, wants[1] ? slope_y.as<float>() : nullptr,
+            place.device, place.stream);
   return {loss, slope_x, slope_y};
 }
 
 std::optional<std::string> multi_resolution_stft_loss_supports_cuda(const py::args& args) {
   if (py::str(args[0].attr("dtype")).equal(py::str("torch.float64"))) return "has no float64";
   if (py::cast<bool>(args[14])) return "returns no single terms";
-  for (const py::handle n : args[5]) {
-    if (!is_real_length(py::cast<int64_t>(n)) || py::cast<int64_t>(n) > kLongestInBlock) {
-      return "takes even n_ffts up to " + std::to_string(kLongestInBlock) +
-             " without prime factors beyond 5, got " + std::to_string(py::cast<int64_t>(n));
-    }
-  }
   return unsupported(args);
 }
 #endif
