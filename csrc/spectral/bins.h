@@ -49,11 +49,10 @@ DASHPOT_INLINE V compare_bins(const SpectralOptions& o, W weight, W slope, Compl
   return weight * (o.l1 ? sign * gap : gap * gap);
 }
 
-// x becomes the slope's spectrum: factor X / |X|, or 2 factor X.
+// x becomes the slope's spectrum: factor X / |X|, or factor X.
 template <class T, Isa isa, class W, class V = Vec<T, isa>>
 DASHPOT_INLINE void scale_bins(Complex<V>& x, bool power, W factor) {
-  const V by =
-      power ? V{} + T(2) * factor : factor * inverse_or_zero<T, isa>(level_of<T, isa>(x, false));
+  const V by = power ? V{} + factor : factor * inverse_or_zero<T, isa>(level_of<T, isa>(x, false));
   x.re *= by, x.im *= by;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "common/dtype.h"
@@ -59,12 +60,21 @@ struct StftDeviceCall {
   std::vector<StftTerms> terms;
   float power_floor;
   bool l2;
+  std::vector<bool> whole;  // resolutions that no block transforms
+};
+
+// PyTorch's transforms of frames, and the memory they read.
+struct StftTransforms {
+  std::function<float*(int64_t count, int64_t n)> frames;     // -> (2, count, n)
+  std::function<const float*()> forward;                      // of those -> (2, count, F) complex
+  std::function<float*(int64_t count, int64_t bins)> slopes;  // -> (count, F) complex
+  std::function<const float*(int64_t n)> back;                // of those -> (count, n)
 };
 
 // Elements of float scratch. losses: () or (E,); slopes (rows, T) or null.
 int64_t stft_scratch(const StftDeviceCall& call);
-void stft_cuda(const StftDeviceCall& call, float* scratch, float* losses, float* slope_x,
-               float* slope_y, int device, void* stream);
+void stft_cuda(const StftDeviceCall& call, const StftTransforms& transforms, float* scratch,
+               float* losses, float* slope_x, float* slope_y, int device, void* stream);
 
 // focal_frequency_loss on the device: patches of images in the block's shared memory, or `spectra`
 // that PyTorch's FFT made, (items, h, F) complex, in place.

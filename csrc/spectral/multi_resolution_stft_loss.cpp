@@ -1,14 +1,10 @@
 // multi_resolution_stft_loss: input, target (rows, T) -> loss (or terms (R, 3)), slopes.
 //
-// Frames are never in memory. An item is a segment of one row's frames at one resolution: its
-// samples (edges reflected) are laid out once, frames are taken from there a group at a time (a
-// lane each), transformed, compared, and their slopes transformed back and overlap-added into the
-// segment's part of the slope. Zeros around the window are appended instead: a shift changes no
-// magnitude.
-//
-// The slope is linear in the terms, but the norms of the first term are known only at the end. So a
-// resolution has channels: what is multiplied with 1 / (|m_x - m_y| |m_y|) later, and what is not.
-// In the end segments and channels are added, mirrored edges folded back, in a fixed order.
+// Frames are never in memory (but for lengths that no kernel here has, see stft_whole.h). Of an
+// item (see stft.h) the samples (edges reflected) are laid out once, frames are taken from there a
+// group at a time (a lane each), transformed, compared, and their slopes transformed back and
+// overlap-added into the segment's part of the slope. Zeros around the window are appended instead:
+// a shift changes no magnitude.
 #include <optional>
 #include <tuple>
 
@@ -17,78 +13,15 @@
 #include "common/scratch.h"
 #include "common/tensor.h"
 #include "spectral/cuda.h"
-#include "spectral/rows.h"
+#include "spectral/stft.h"
+#include "spectral/stft_whole.h"
 
 namespace dashpot::spectral {
 namespace {
 
-inline constexpr int64_t kSegment = 64;  // frames: what the segments share is small beside them
-inline constexpr int kSums = 4;          // (m_x - m_y)^2, m_y^2, log, linear
-enum Factor { kOne, kGap, kNorm };       // what a channel is multiplied with at the end
-
-// d loss / d m of one side is gap (m_x - m_y) + norm m + log rho'/m + linear rho'.
-struct Channel {
-  bool target;
-  double gap, norm, log, linear;
-  Factor factor;
-  int output, term;  // which slope it belongs to
-};
-
-struct Resolution {
-  int64_t n_fft, hop, length, frames, segments;
-  int64_t begin() const { return (n_fft - length) / 2 - n_fft / 2; }  // first frame's first sample
-  int64_t span(int64_t count) const { return (count - 1) * hop + length; }
-};
-
-template <class T>
-struct FrameTask {
-  const RealPlan<T>* plan;
-  T power_floor;
-  bool l2, log, linear;
-};
-
 // Compares two groups of frames: sums (4, lanes), and the slopes' spectra of up to two channels.
 template <class T>
 struct CompareFrames {
-  template <Isa isa>
-  struct Bin {
-    using V = Vec<T, isa>;
-    Complex<V> x, y;
-    V m_x, m_y, gap, over, step;  // over: rho' of the logarithm, step: of the difference
-
-    DASHPOT_INLINE void compare(const FrameTask<T>& task, V* sums, T counts) {
-      const V power_x = x.re * x.re + x.im * x.im, power_y = y.re * y.re + y.im * y.im;
-      const V least = V{} + task.power_floor;
-      m_x = sqrt<T, isa>(power_x < least ? least : power_x);
-      m_y = sqrt<T, isa>(power_y < least ? least : power_y);
-      // Below the floor a bin has no gradient; otherwise d m / dX = X / m.
-      const V back_x = power_x < least ? V{} : T(1) / m_x;
-      const V back_y = power_y < least ? V{} : T(1) / m_y;
-      x.re *= back_x, x.im *= back_x, y.re *= back_y, y.im *= back_y;
-      gap = m_x - m_y;
-      const V sign = gap > V{} ? V{} + T(1) : gap < V{} ? V{} - T(1) : V{};
-      over = step = sign;
-      sums[0] += counts * (gap * gap);
-      sums[1] += counts * (m_y * m_y);
-      if (task.log) {
-        const V ratio = log<T, isa>(m_x / m_y);
-        sums[2] += counts * (task.l2 ? ratio * ratio : sign * ratio);
-        if (task.l2) over = T(2) * ratio;
-      }
-      if (task.linear) sums[3] += counts * (task.l2 ? gap * gap : sign * gap);
-      if (task.l2) step = T(2) * gap;
-    }
-
-    DASHPOT_INLINE Complex<V> slope(const Channel& c, T weight) const {
-      const V m = c.target ? m_y : m_x;
-      V d = T(c.gap) * gap + T(c.norm) * m + T(c.linear) * step;
-      if (c.log != 0) d += T(c.log) * over / m;
-      d *= weight;
-      const Complex<V>& z = c.target ? y : x;
-      return {d * z.re, d * z.im};
-    }
-  };
-
   template <Isa isa>
   static DASHPOT_INLINE void run(const T* x, const T* y, const FrameTask<T>* task,
                                  const Channel* channels, int64_t count, T* first, T* second,
@@ -99,7 +32,7 @@ struct CompareFrames {
     const int64_t m = plan.n / 2;
     V total[kSums] = {};
     for (int64_t k = 0; 2 * k <= m; ++k) {
-      Bin<isa> low, high;
+      FrameBins<T, isa> low, high;
       std::tie(low.x, high.x) = split<T, isa>(x, plan, k);
       std::tie(low.y, high.y) = split<T, isa>(y, plan, k);
       low.compare(*task, total, T(1));
@@ -116,86 +49,10 @@ struct CompareFrames {
   }
 };
 
-template <class T>
-std::vector<T> window_of(int64_t length, const T* given) {
-  std::vector<T> window(length);
-  for (int64_t t = 0; t < length; ++t) {
-    window[t] = given ? given[t] : static_cast<T>(0.5 - 0.5 * std::cos(2 * M_PI * t / length));
-  }
-  return window;
-}
-
-struct StftCall {
-  std::vector<Resolution> resolutions;
-  std::vector<double> weights;  // sc, log, linear
-  double power_floor;
-  bool l2, sc_batch, sum, none, split;
-  int64_t rows, t, examples, channels;
-
-  // Terms of one slope: which channels give it, and with which weights.
-  std::vector<Channel> slopes(size_t r, bool target) const {
-    const double sign = target ? -1 : 1, share = 1.0 / static_cast<double>(resolutions.size());
-    const double bins = static_cast<double>(resolutions[r].n_fft / 2 + 1) *
-                        static_cast<double>(resolutions[r].frames * (none ? channels : rows));
-    const double each = sum ? 1 : 1 / bins;
-    double w[3];
-    for (int i = 0; i < 3; ++i) w[i] = split ? (weights[i] != 0) : weights[i] * share;
-    const int at = split ? static_cast<int>(3 * r) : 0;
-    std::vector<Channel> found;
-    if (w[0] != 0) {
-      found.push_back({target, sign * w[0], 0, 0, 0, kGap, at, 0});
-      if (target) found.push_back({true, 0, -w[0], 0, 0, kNorm, at, 0});
-    }
-    const double log = sign * w[1] * each, linear = sign * w[2] * each;
-    if (split) {
-      if (log != 0) found.push_back({target, 0, 0, log, 0, kOne, at + 1, 1});
-      if (linear != 0) found.push_back({target, 0, 0, 0, linear, kOne, at + 2, 2});
-    } else if (log != 0 || linear != 0) {
-      found.push_back({target, 0, 0, log, linear, kOne, at, 1});
-    }
-    return found;
-  }
-};
-
-// One resolution: its windows, channels and the segments' parts of the slopes.
-template <class T>
-struct Part {
-  Resolution shape;
-  const RealPlan<T>* plan;
-  std::vector<T> window;
-  std::vector<Channel> channels;
-  int64_t span;              // samples of a full segment
-  T* slopes = nullptr;       // (rows, segments, channels, span)
-  std::vector<double> sums;  // (rows, segments, 4)
-
-  T* slope(int64_t row, int64_t segment, int64_t channel) const {
-    const int64_t count = static_cast<int64_t>(channels.size());
-    return slopes + ((row * shape.segments + segment) * count + channel) * span;
-  }
-  int64_t frames_of(int64_t segment) const {
-    return std::min(kSegment, shape.frames - segment * kSegment);
-  }
-};
-
-inline int64_t mirrored(int64_t t, int64_t length) {
-  if (t < 0) t = -t;
-  return t < length ? t : 2 * (length - 1) - t;
-}
-
 template <class T, class In>
 struct Frames {
   const StftCall& call;
   const In *x, *y;  // (rows, T)
-
-  // The segment's samples, reflected at the edges; one more group's frames may be read beyond them.
-  void lay_out(const In* row, const Part<T>& part, int64_t segment, int64_t span, T* to) const {
-    const int64_t begin = part.shape.begin() + segment * kSegment * part.shape.hop;
-    const int64_t first = std::clamp<int64_t>(-begin, 0, span);
-    const int64_t last = std::clamp<int64_t>(call.t - begin, first, span);
-    for (int64_t i = 0; i < first; ++i) to[i] = convert<T>(row[mirrored(begin + i, call.t)]);
-    run_on_isa<ConvertBlock<T, In>>(to + first, row + begin + first, last - first);
-    for (int64_t i = last; i < span; ++i) to[i] = convert<T>(row[mirrored(begin + i, call.t)]);
-  }
 
   void run(Part<T>& part, int64_t row, int64_t segment, Share share) const {
     const Resolution& shape = part.shape;
@@ -204,8 +61,8 @@ struct Frames {
     T *samples_x = share.take<T>(span), *samples_y = share.take<T>(span);
     T *at_x = share.take<T>(n * width), *at_y = share.take<T>(n * width);
     T* to[2] = {share.take<T>(n * width), share.take<T>(n * width)};
-    lay_out(x + row * call.t, part, segment, span, samples_x);
-    lay_out(y + row * call.t, part, segment, span, samples_y);
+    lay_out(x + row * call.t, call.t, shape, segment, span, samples_x);
+    lay_out(y + row * call.t, call.t, shape, segment, span, samples_y);
     for (int64_t c = 0; c < wanted; ++c) std::fill_n(part.slope(row, segment, c), span, T(0));
     const FrameTask<T> task{part.plan, static_cast<T>(call.power_floor), call.l2,
                             call.weights[1] != 0, call.weights[2] != 0};
@@ -246,103 +103,11 @@ struct Frames {
   }
 };
 
-// Per example (or for the batch) what the first term's channels are multiplied with; adds to
-// losses, and fills terms where they are wanted.
-template <class T>
-std::vector<double> finish(const StftCall& call, const Part<T>& part, size_t r, T* terms,
-                           double* losses) {
-  const int64_t each = call.none ? call.examples : 1;  // entries of a term
-  const bool together = call.sc_batch && !call.none;
-  const double share = 1.0 / static_cast<double>(call.resolutions.size());
-  const double bins =
-      static_cast<double>(part.shape.n_fft / 2 + 1) * static_cast<double>(part.shape.frames);
-  std::vector<double> sums(call.examples * kSums), factors(call.examples * 3, 1.0);
-  for (int64_t row = 0; row < call.rows; ++row) {
-    for (int64_t s = 0; s < part.shape.segments; ++s) {
-      for (int i = 0; i < kSums; ++i) {
-        sums[row / call.channels * kSums + i] +=
-            part.sums[(row * part.shape.segments + s) * kSums + i];
-      }
-    }
-  }
-  double all[kSums] = {};
-  for (int64_t e = 0; e < call.examples; ++e) {
-    for (int i = 0; i < kSums; ++i) all[i] += sums[e * kSums + i];
-  }
-  std::vector<double> found(3 * each, 0.0);
-  for (int64_t e = 0; e < call.examples; ++e) {
-    const double* of = together ? all : sums.data() + e * kSums;
-    const double gap = std::sqrt(of[0]), norm = std::sqrt(of[1]);
-    const double weight = together || call.none ? 1.0 : 1.0 / static_cast<double>(call.examples);
-    factors[3 * e + kGap] = gap > 0 ? weight / (gap * norm) : 0.0;
-    factors[3 * e + kNorm] = weight * gap / (norm * norm * norm);
-    const int64_t at = call.none ? e : 0;
-    const double count = bins * static_cast<double>(call.none ? call.channels : call.rows);
-    if (!together || e == 0) found[at] += weight * gap / norm;
-    for (int i = 1; i < 3; ++i) {
-      found[i * each + at] += sums[e * kSums + 1 + i] / (call.sum ? 1.0 : count);
-    }
-  }
-  for (int i = 0; i < 3; ++i) {
-    for (int64_t e = 0; e < each; ++e) {
-      const double term = call.weights[i] != 0 ? found[i * each + e] : 0.0;
-      if (terms) terms[(3 * r + i) * each + e] = static_cast<T>(term);
-      losses[e] += share * call.weights[i] * term;
-    }
-  }
-  return factors;
-}
-
-// y[i] += factor * x[i].
-template <class T>
-struct AddScaled {
-  template <Isa isa>
-  static DASHPOT_INLINE void run(T* y, const T* x, int64_t n, T factor) {
-    constexpr int kWidth = kLanes<T, isa>;
-    int64_t i = 0;
-    for (; i + kWidth <= n; i += kWidth) {
-      store<T, isa>(y + i, load<T, isa>(y + i) + factor * load<T, isa>(x + i));
-    }
-    for (; i < n; ++i) y[i] += factor * x[i];
-  }
-};
-
-// A row's slope from the segments of all resolutions, mirrored samples folded back.
-template <class T>
-void gather(const StftCall& call, const std::vector<Part<T>>& parts,
-            const std::vector<std::vector<double>>& factors, int64_t row, bool target, T* slope) {
-  const int64_t outputs = call.split ? 3 * static_cast<int64_t>(parts.size()) : 1;
-  for (int64_t k = 0; k < outputs; ++k) {
-    std::fill_n(slope + (k * call.rows + row) * call.t, call.t, T(0));
-  }
-  for (size_t r = 0; r < parts.size(); ++r) {
-    const Part<T>& part = parts[r];
-    for (int64_t s = 0; s < part.shape.segments; ++s) {
-      const int64_t begin = part.shape.begin() + s * kSegment * part.shape.hop;
-      const int64_t span = part.shape.span(part.frames_of(s));
-      const int64_t first = std::clamp<int64_t>(-begin, 0, span);
-      const int64_t last = std::clamp<int64_t>(call.t - begin, first, span);
-      for (size_t c = 0; c < part.channels.size(); ++c) {
-        const Channel& channel = part.channels[c];
-        if (channel.target != target) continue;
-        const T factor = static_cast<T>(factors[r][row / call.channels * 3 + channel.factor]);
-        const T* from = part.slope(row, s, static_cast<int64_t>(c));
-        T* to = slope + (channel.output * call.rows + row) * call.t;
-        for (int64_t i = 0; i < first; ++i) to[mirrored(begin + i, call.t)] += factor * from[i];
-        run_on_isa<AddScaled<T>>(to + begin + first, from + first, last - first, factor);
-        for (int64_t i = last; i < span; ++i) {
-          to[mirrored(begin + i, call.t)] += factor * from[i];
-        }
-      }
-    }
-  }
-}
-
 // Everything a call needs beside its outputs; made with the GIL held.
 template <class T>
 struct Work {
   std::vector<Part<T>> parts;
-  std::vector<std::tuple<int64_t, int64_t, int64_t>> items;  // part, row, segment
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> items;  // part, row, segment: in lanes
   std::vector<Tensor> memory;                                // the parts' slopes
   int64_t bytes = 0;                                         // of a thread's scratch
 
@@ -352,22 +117,24 @@ struct Work {
       const Resolution& shape = call.resolutions[r];
       Part<T> part;
       part.shape = shape;
-      part.plan = &RealPlan<T>::of(static_cast<int>(shape.n_fft));
+      part.plan =
+          is_real_length(shape.n_fft) ? &RealPlan<T>::of(static_cast<int>(shape.n_fft)) : nullptr;
       part.window = window_of<T>(shape.length, windows.empty() ? nullptr : windows[r]);
       for (const bool target : {false, true}) {
         if (!wants[target]) continue;
         for (const Channel& one : call.slopes(r, target)) part.channels.push_back(one);
       }
-      part.span = shape.span(std::min(kSegment, shape.frames));
+      part.span = shape.span(std::min(shape.segment, shape.frames));
       const int64_t count = call.rows * shape.segments;
       const int64_t channels = static_cast<int64_t>(part.channels.size());
       memory.push_back(like.new_empty({count * channels * part.span}, type));
       part.slopes = memory.back().as<T>();
       part.sums.assign(count * kSums, 0.0);
-      for (int64_t row = 0; row < call.rows; ++row) {
+      for (int64_t row = 0; row < call.rows && part.plan; ++row) {
         for (int64_t s = 0; s < shape.segments; ++s) items.emplace_back(r, row, s);
       }
-      bytes = std::max(bytes, 2 * room<T>(part.span) + 4 * room<T>(shape.n_fft * lanes<T>()));
+      const int64_t group = part.plan ? 4 * room<T>(shape.n_fft * lanes<T>()) : 0;
+      bytes = std::max(bytes, 2 * room<T>(part.span) + group);
       parts.push_back(std::move(part));
     }
   }
@@ -422,9 +189,9 @@ Outputs multi_resolution_stft_loss_forward(
                 examples,
                 channels};
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t frames = 1 + t / hops[r];
+    const int64_t frames = frames_of(t, n_ffts[r], hops[r]), segment = segment_of(n_ffts[r]);
     call.resolutions.push_back(
-        {n_ffts[r], hops[r], win_lengths[r], frames, (frames + kSegment - 1) / kSegment});
+        {n_ffts[r], hops[r], win_lengths[r], frames, segment, (frames + segment - 1) / segment});
     if (n_ffts[r] / 2 >= t || win_lengths[r] > n_ffts[r]) {
       throw std::invalid_argument("n_ffts: expected n_fft // 2 < T and windows no longer than it");
     }
@@ -449,6 +216,11 @@ Outputs multi_resolution_stft_loss_forward(
     }
     Work<T> work(call, input, type, given, wants);
     const Scratch scratch(input, threads, work.bytes);
+    for (Part<T>& part : work.parts) {
+      if (!part.plan) {
+        run_whole(call, input.as<In>(), target.as<In>(), part, input, type, threads, scratch);
+      }
+    }
     const py::gil_scoped_release release;
     run_stft<T, In>(call, input.as<In>(), target.as<In>(), work, threads, scratch, out.as<T>(),
                     wants[0] ? slope_x.as<T>() : nullptr, wants[1] ? slope_y.as<T>() : nullptr);
@@ -461,16 +233,6 @@ std::optional<std::string> unsupported(const py::args& args) {
   if (py::len(args[3]) > 0) return "takes no filters";
   if (py::cast<bool>(args[13])) return "has no scale_invariance";
   return std::nullopt;
-}
-
-std::optional<std::string> multi_resolution_stft_loss_supports(const py::args& args) {
-  for (const py::handle n : args[5]) {
-    if (!is_real_length(py::cast<int64_t>(n))) {
-      return "takes even n_ffts up to " + std::to_string(kLongest) +
-             " without prime factors beyond 5, got " + std::to_string(py::cast<int64_t>(n));
-    }
-  }
-  return unsupported(args);
 }
 
 #ifdef DASHPOT_CUDA
@@ -494,17 +256,20 @@ Outputs multi_resolution_stft_loss_forward_cuda(
                       {},
                       {},
                       static_cast<float>(power_floor),
-                      mag_distance == "l2"};
+                      mag_distance == "l2",
+                      {}};
   for (size_t r = 0; r < n_ffts.size(); ++r) {
     const double share = 1.0 / static_cast<double>(n_ffts.size());
-    const double bins = static_cast<double>((n_ffts[r] / 2 + 1) * (1 + t / hops[r])) *
-                        static_cast<double>(none ? channels : rows);
+    const double bins =
+        static_cast<double>((n_ffts[r] / 2 + 1) * frames_of(t, n_ffts[r], hops[r])) *
+        static_cast<double>(none ? channels : rows);
     const double each = reduction == "sum" ? share : share / bins;
     call.terms.push_back({static_cast<float>(weights[0] * share),
                           static_cast<float>(weights[1] * each),
                           static_cast<float>(weights[2] * each), examples, channels, none,
                           sc_reduction == "batch" && !none});
     call.windows.push_back(windows.empty() ? nullptr : windows[r].as<float>());
+    call.whole.push_back(!is_real_length(n_ffts[r]) || n_ffts[r] > kLongestInBlock);
   }
   const Tensor loss =
       none ? input.new_empty({examples}, Dtype::kFloat32) : input.new_empty({}, Dtype::kFloat32);
@@ -514,20 +279,33 @@ Outputs multi_resolution_stft_loss_forward_cuda(
       wants[1] ? empty_like(target, Dtype::kFloat32) : input.new_empty({0}, Dtype::kFloat32);
   const Tensor scratch = input.new_empty({stft_scratch(call)}, Dtype::kFloat32);
   const Place place = place_of(input);
-  stft_cuda(call, scratch.as<float>(), loss.as<float>(), wants[0] ? slope_x.as<float>() : nullptr,
-            wants[1] ? slope_y.as<float>() : nullptr, place.device, place.stream);
+  Tensor frames, spectra, slopes, back;  // the latest of each; PyTorch's allocator minds the stream
+  const StftTransforms transforms{
+      [&](int64_t of, int64_t n) {
+        frames = input.new_empty({2, of, n}, Dtype::kFloat32);
+        return frames.as<float>();
+      },
+      [&] {
+        spectra = transformed("rfft", frames, nullptr, Dtype::kFloat32, "backward");
+        return spectra.as<const float>();
+      },
+      [&](int64_t of, int64_t bins) {
+        slopes = input.new_empty({of, bins, 2}, Dtype::kFloat32);
+        return slopes.as<float>();
+      },
+      [&](int64_t n) {
+        back = transformed_back("irfft", slopes, py::int_(n), "forward");
+        return back.as<const float>();
+      }};
+  stft_cuda(call, transforms, scratch.as<float>(), loss.as<float>(),
+            wants[0] ? slope_x.as<float>() : nullptr, wants[1] ? slope_y.as<float>() : nullptr,
+            place.device, place.stream);
   return {loss, slope_x, slope_y};
 }
 
 std::optional<std::string> multi_resolution_stft_loss_supports_cuda(const py::args& args) {
   if (py::str(args[0].attr("dtype")).equal(py::str("torch.float64"))) return "has no float64";
   if (py::cast<bool>(args[14])) return "returns no single terms";
-  for (const py::handle n : args[5]) {
-    if (!is_real_length(py::cast<int64_t>(n)) || py::cast<int64_t>(n) > kLongestInBlock) {
-      return "takes even n_ffts up to " + std::to_string(kLongestInBlock) +
-             " without prime factors beyond 5, got " + std::to_string(py::cast<int64_t>(n));
-    }
-  }
   return unsupported(args);
 }
 #endif
@@ -540,7 +318,7 @@ DASHPOT_BIND(m) {
   m.def("multi_resolution_stft_loss_supports_cuda", &multi_resolution_stft_loss_supports_cuda);
 #endif
   m.def("multi_resolution_stft_loss_forward", &multi_resolution_stft_loss_forward);
-  m.def("multi_resolution_stft_loss_supports", &multi_resolution_stft_loss_supports);
+  m.def("multi_resolution_stft_loss_supports", &unsupported);
 }
 
 }  // namespace dashpot::spectral

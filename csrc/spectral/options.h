@@ -37,6 +37,11 @@ inline double norm_scale(const std::string& norm, int64_t n) {
   return norm == "ortho" ? 1 / std::sqrt(static_cast<double>(n)) : 1 / static_cast<double>(n);
 }
 
+// Frames of torch.stft: centred, so an odd n_fft leaves one sample less.
+inline int64_t frames_of(int64_t t, int64_t n_fft, int64_t hop) {
+  return 1 + (t - n_fft % 2) / hop;
+}
+
 // Per bin: `loss` is h_k w_k over the number of bins, `slope` is what a derivative of the one-sided
 // sum is multiplied with to become a term of the full sum: halved where a bin stands for two.
 struct BinWeights {

@@ -113,6 +113,24 @@ struct Transpose {
   }
 
   static DASHPOT_INLINE void run(V* value) { rounds<1>(value); }
+
+  template <int half>
+  static DASHPOT_INLINE void fold(V* value) {
+    if constexpr (half < kWidth) {
+#pragma GCC unroll 8
+      for (int i = 0; i < kWidth / (2 * half); ++i) {
+        exchange<half>(value[2 * i], value[2 * i + 1], std::make_index_sequence<kWidth>());
+        value[i] = value[2 * i] + value[2 * i + 1];
+      }
+      fold<2 * half>(value);
+    }
+  }
+
+  // Lane l of the result is the sum of value[l]'s lanes; value is used up.
+  static DASHPOT_INLINE V sums(V* value) {
+    fold<1>(value);
+    return value[0];
+  }
 };
 
 // Vectors data[t] = scale * window[t] * (x_l[t] - y_l[t]) from rows; y, window may be null; rows

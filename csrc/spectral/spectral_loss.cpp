@@ -18,7 +18,7 @@
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/tensor.h"
-#include "spectral/bins.h"
+#include "spectral/batch.h"
 #include "spectral/cuda.h"
 #include "spectral/options.h"
 #include "spectral/whole.h"
@@ -60,62 +60,10 @@ struct ComparePairs {
   }
 };
 
-// Sums over a group's rows of |X_k| or |X_k|^2: sums[k], k <= m. levels: (m + 1) vectors of
-// scratch.
-template <class T>
-struct SumLevels {
-  template <Isa isa>
-  static DASHPOT_INLINE void run(const T* x, const RealPlan<T>* plan, bool power, T* levels,
-                                 T* sums) {
-    using V = Vec<T, isa>;
-    constexpr int kWidth = kLanes<T, isa>;
-    const int64_t m = plan->n / 2;
-    for (int64_t k = 0; 2 * k <= m; ++k) {
-      const auto [low, high] = split<T, isa>(x, *plan, k);
-      store<T, isa>(levels + k * kWidth, level_of<T, isa>(low, power));
-      store<T, isa>(levels + (m - k) * kWidth, level_of<T, isa>(high, power));
-    }
-    for (int64_t k = 0; k <= m; k += kWidth) {
-      V value[kWidth];
-      const int64_t end = m + 1 - k < kWidth ? m + 1 - k : kWidth;
-      for (int i = 0; i < kWidth; ++i) {
-        value[i] = load<T, isa>(levels + (i < end ? k + i : m) * kWidth);
-      }
-      Transpose<T, isa>::run(value);
-      for (int half = kWidth / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) value[i] += value[i + half];
-      }
-      for (int64_t i = 0; i < end; ++i) sums[k + i] = value[0][i];
-    }
-  }
-};
-
-// x, a group's spectra, becomes its slopes' spectra: factor_k X_k / |X_k|, or 2 factor_k X_k.
-template <class T>
-struct ScaleSpectra {
-  template <Isa isa>
-  static DASHPOT_INLINE void run(T* x, const RealPlan<T>* plan, bool power, const T* factors) {
-    const int64_t m = plan->n / 2;
-    for (int64_t k = 0; 2 * k <= m; ++k) {
-      auto [low, high] = split<T, isa>(x, *plan, k);
-      scale_bins<T, isa>(low, power, factors[k]);
-      scale_bins<T, isa>(high, power, factors[m - k]);
-      merge<T, isa>(x, *plan, k, low, high);
-    }
-  }
-};
-
 template <class T>
 std::vector<T> narrowed(const std::vector<double>& values) {
   return std::vector<T>(values.begin(), values.end());
 }
-
-template <class T, class In>
-struct Signals {
-  const In *x, *y;       // (batch, channels, n)
-  T *slope_x, *slope_y;  // null where not wanted
-  int64_t batch_x, batch_y, channels, n;
-};
 
 // Bytes of a thread: two groups of rows; or one and its levels.
 template <class T>
@@ -176,128 +124,6 @@ void pairs(const Signals<T, In>& s, const SpectralOptions& options, BinWeights w
   *loss = static_cast<T>(total / static_cast<double>(rows));
 }
 
-// One side of the batch average: groups of rows of one channel, their sums and kept spectra.
-template <class T, class In>
-struct Side {
-  const In* from;
-  T* slope;
-  int64_t batch, channels, n, width, groups;
-  T *kept, *sums;  // (channels, groups, n, width) or null, (channels, groups, F)
-
-  // Spectra are kept in the slope's own memory where the rows fill it group by group.
-  static bool fits(int64_t batch, int64_t channels) {
-    return channels == 1 && batch % lanes<T>() == 0;
-  }
-  static int64_t memory(bool slope, int64_t batch, int64_t channels, int64_t n) {
-    const int64_t items = channels * ((batch + lanes<T>() - 1) / lanes<T>());
-    return room<T>(items * (n / 2 + 1)) +
-           (slope && !fits(batch, channels) ? room<T>(items * n * lanes<T>()) : 0);
-  }
-
-  Side(const In* x, T* to, int64_t b, int64_t c, int64_t length, Share& share)
-      : from(x),
-        slope(to),
-        batch(b),
-        channels(c),
-        n(length),
-        width(lanes<T>()),
-        groups((b + width - 1) / width),
-        kept(to == nullptr || fits(b, c) ? to : share.take<T>(items() * n * width)),
-        sums(share.take<T>(items() * (n / 2 + 1))) {}
-
-  int64_t items() const { return channels * groups; }
-  int64_t row(int64_t item, int64_t lane) const {
-    return ((item % groups * width + lane) * channels + item / groups) * n;
-  }
-  int64_t count(int64_t item) const { return std::min(width, batch - item % groups * width); }
-
-  void transform(int64_t item, const SpectralOptions& options, const RealPlan<T>& plan,
-                 Share share) const {
-    const In* rows[kMaxLanes];
-    for (int64_t l = 0; l < count(item); ++l) rows[l] = from + row(item, l);
-    T* data = kept ? kept + item * n * width : share.take<T>(n * width);
-    const In* const* none = nullptr;
-    run_on_isa<LoadRows<T, In>>(rows, none, count(item), n, static_cast<T>(options.scale), nullptr,
-                                data);
-    forward_transform(data, plan);
-    run_on_isa<SumLevels<T>>(data, &plan, options.power(), share.take<T>((n / 2 + 1) * width),
-                             sums + item * (n / 2 + 1));
-  }
-
-  void transform_back(int64_t item, const SpectralOptions& options, const RealPlan<T>& plan,
-                      const std::vector<T>& factors, Share share) const {
-    T* rows[kMaxLanes];
-    for (int64_t l = 0; l < count(item); ++l) rows[l] = slope + row(item, l);
-    T* data = share.take<T>(n * width);
-    std::copy_n(kept + item * n * width, n * width, data);
-    run_on_isa<ScaleSpectra<T>>(data, &plan, options.power(),
-                                factors.data() + item / groups * (n / 2 + 1));
-    inverse_transform(data, plan);
-    run_on_isa<StoreRows<T, false>>(data, n, T(1), nullptr, rows, count(item));
-  }
-
-  // (channels, F), in the order of the groups.
-  std::vector<double> totals() const {
-    const int64_t bins = n / 2 + 1;
-    std::vector<double> found(channels * bins, 0.0);
-    for (int64_t item = 0; item < items(); ++item) {
-      double* to = found.data() + item / groups * bins;
-      for (int64_t k = 0; k < bins; ++k) to[k] += static_cast<double>(sums[item * bins + k]);
-    }
-    return found;
-  }
-};
-
-// From the levels' sums (channels, F): the loss, and each side's factors (channels, F).
-template <class T>
-struct Coefficients {
-  double loss = 0;
-  std::vector<T> x, y;
-
-  Coefficients(const std::vector<double>& sums_x, const std::vector<double>& sums_y,
-               int64_t batch_x, int64_t batch_y, int64_t channels, const SpectralOptions& options,
-               const BinWeights& weights)
-      : x(sums_x.size()), y(sums_x.size()) {
-    const Distance distance{options.l1};
-    const size_t bins = weights.loss.size();
-    for (size_t i = 0; i < x.size(); ++i) {
-      double u = sums_x[i] / static_cast<double>(batch_x), du = 1;
-      double v = sums_y[i] / static_cast<double>(batch_y), dv = 1;
-      if (options.log()) {
-        du = 1 / (u + options.eps), dv = 1 / (v + options.eps);
-        u = std::log(u + options.eps), v = std::log(v + options.eps);
-      }
-      loss += weights.loss[i % bins] * distance.value(u - v);
-      const double factor =
-          weights.slope[i % bins] * distance.slope(u - v) / static_cast<double>(channels);
-      x[i] = static_cast<T>(factor * du / static_cast<double>(batch_x));
-      y[i] = static_cast<T>(-factor * dv / static_cast<double>(batch_y));
-    }
-    loss /= static_cast<double>(channels);
-  }
-};
-
-template <class T, class In>
-void batch_means(const Signals<T, In>& s, const SpectralOptions& options, const BinWeights& weights,
-                 int threads, const Scratch& scratch, T* loss) {
-  Share sides = scratch.common();
-  const RealPlan<T>& plan = RealPlan<T>::of(static_cast<int>(s.n));
-  const Side<T, In> x(s.x, s.slope_x, s.batch_x, s.channels, s.n, sides);
-  const Side<T, In> y(s.y, s.slope_y, s.batch_y, s.channels, s.n, sides);
-  parallel_for(x.items() + y.items(), threads, [&](int64_t item) {
-    item < x.items() ? x.transform(item, options, plan, scratch.mine())
-                     : y.transform(item - x.items(), options, plan, scratch.mine());
-  });
-  const Coefficients<T> found(x.totals(), y.totals(), s.batch_x, s.batch_y, s.channels, options,
-                              weights);
-  *loss = static_cast<T>(found.loss);
-  const int64_t of_x = s.slope_x ? x.items() : 0, of_y = s.slope_y ? y.items() : 0;
-  parallel_for(of_x + of_y, threads, [&](int64_t item) {
-    item < of_x ? x.transform_back(item, options, plan, found.x, scratch.mine())
-                : y.transform_back(item - of_x, options, plan, found.y, scratch.mine());
-  });
-}
-
 // What both backends allocate and check.
 struct Outputs {
   Dtype type;
@@ -318,7 +144,6 @@ struct Outputs {
       loss.object = loss.object.attr("view")(
           input.object.attr("shape")[py::slice(py::none(), py::int_(-1), py::none())]);
     }
-    slope_x = input.new_empty({0}, type), slope_y = input.new_empty({0}, type);
     batch_x = batch_mean ? input.size(0) : rows;
     batch_y = batch_mean ? target.size(0) : rows;
     channels = batch_mean && batch_x ? rows / batch_x : 1;
@@ -331,8 +156,8 @@ struct Outputs {
   }
 
   void make_slopes(const Tensor& input, const Tensor& target) {
-    if (wants_x) slope_x = empty_like(input, type);
-    if (wants_y) slope_y = empty_like(target, type);
+    slope_x = wants_x ? empty_like(input, type) : input.new_empty({0}, type);
+    slope_y = wants_y ? empty_like(target, type) : input.new_empty({0}, type);
   }
 
   std::tuple<Tensor, Tensor, Tensor> all() const { return {loss, slope_x, slope_y}; }
@@ -405,6 +230,8 @@ struct Spectra {
   std::tuple<Tensor, Tensor, Tensor> back(Outputs& out) const {
     const py::object n = py::int_(out.n);
     Tensor slope;
+    if (!out.wants_x) out.slope_x = x.new_empty({0}, out.type);
+    if (!out.wants_y) out.slope_y = x.new_empty({0}, out.type);
     if (out.wants_x || one) slope = transformed_back("irfft", x, n, "forward");
     if (out.wants_x) out.slope_x = slope;
     if (out.wants_y) {

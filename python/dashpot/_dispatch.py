@@ -36,6 +36,7 @@ _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_has_autocast = functools.cache(torch.amp.is_autocast_available)
 
 
 # --------------------------------------------------------------------------------------------
@@ -64,8 +65,25 @@ class _Plan:
         return operator.itemgetter(slice(first, first + len(self.options)))
 
     gives: list[int] = field(default_factory=list)  # which forward argument each gradient is of
+    _where: dict[tuple, list] = field(default_factory=dict)
     residual_free: bool = True  # uses no forward output, so its formula can be differentiated
     complete: bool = False  # names every forward argument, so the reference can be run again
+
+    def where(self, grads: int, counts: tuple[int, ...]) -> list[int | slice]:
+        """Where each argument of the backward stands in [*grads, *saved, *options, needs, None],
+        if the tensor arguments hold `counts` tensors."""
+        if (grads, counts) not in self._where:
+            places, at = {("needs", 0): -2}, grads
+            for (i, is_list, keep), count in zip(self.slots, counts, strict=True):
+                if keep:
+                    places["arg", i] = slice(at, at + count) if is_list else at if count else -1
+                    at += count
+            rest = [("out", i) for i in self.saved_outs] + [("arg", i) for i in self.options]
+            places.update({key: at + i for i, key in enumerate(rest)})
+            self._where[grads, counts] = [
+                i if kind == "grad" else places[kind, i] for kind, i in self.takes
+            ]
+        return self._where[grads, counts]
 
 
 class Op:
@@ -293,19 +311,12 @@ class Op:
         for i in plan.saved_outs:
             saved.append(outs[i])
         ctx.save_for_backward(*saved)
-        ctx.call = self, kernel, counts, plan.pick_options(args)
+        ctx.call = self, kernel, tuple(counts), plan.pick_options(args)
 
     def _backward_args(self, ctx, grads: Sequence, needs: list[bool]) -> list:
-        plan, saved = self._plan, iter(ctx.saved_tensors)
         _, _, counts, options = ctx.call
-        args = dict(zip(plan.options, options, strict=True))
-        for (i, is_list, keep), count in zip(plan.slots, counts, strict=True):
-            if keep:
-                some = [next(saved) for _ in range(count)]
-                args[i] = some if is_list else some[0] if count else None
-        outs = {i: next(saved) for i in plan.saved_outs}
-        sources = {"grad": grads, "arg": args, "out": outs, "needs": [needs]}
-        return [sources[kind][i] for kind, i in plan.takes]
+        pool = [*grads, *ctx.saved_tensors, *options, needs, None]
+        return [pool[place] for place in self._plan.where(len(grads), counts)]
 
     def _twice_differentiable(self) -> Callable | None:
         """A backward that autograd can differentiate again, if there is one: the formula where it
@@ -406,7 +417,7 @@ class Op:
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:
     """Autocast off; a device that has no autocast ("meta") must not be asked."""
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
@@ -446,9 +457,9 @@ class _Differentiable(torch.autograd.Function):
                     f"{op.name} has no second derivative on backend {kernel.name!r}; "
                     'use `with dashpot.backend("reference")` for the forward'
                 )
-        needs, start = [], 3
+        needs, wanted, start = [], ctx.needs_input_grad, 3
         for count in counts:
-            needs.append(any(ctx.needs_input_grad[start : start + count]))
+            needs.append(wanted[start] if count == 1 else any(wanted[start : start + count]))
             start += count
         if kernel.backward is not None:
             grads = _contiguous(grads)  # that of a sum is one number, expanded

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 
 import dashpot
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -204,3 +206,23 @@ def test_errors(change, error, words):
     arguments = {"input": torch.zeros(2, 3, 4, 6), "target": torch.zeros(2, 3, 4, 6), **change}
     with pytest.raises(error, match=re.escape(words)):
         dashpot.focal_frequency_loss(**arguments)
+
+
+@pytest.mark.backends("native")
+def test_offsets_beyond_32_bits(backend):
+    """2^15 + 1 images of 256 x 256: the last lies past element 2^31. Only its pages are ever
+    written; the rest reads as zero."""
+    shape = (2**15 + 1, 1, 256, 256)
+    x, y = (torch.from_numpy(np.zeros(math.prod(shape), np.int16)).view(torch.bfloat16).view(shape)
+            for _ in range(2))  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    for images_of in (x, y):
+        images_of[-1].normal_(generator=generator)
+    x, y = x.to(backend.device), y.to(backend.device)
+    torch.set_num_threads(2)
+    losses = dashpot.focal_frequency_loss(x, y, reduction="none")
+    torch.set_num_threads(1)
+    assert torch.equal(
+        losses[-1], dashpot.focal_frequency_loss(x[-1:], y[-1:], reduction="none")[0]
+    )
+    assert losses[-1] > 0 and not losses[:-1].any()

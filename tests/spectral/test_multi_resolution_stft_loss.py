@@ -167,6 +167,29 @@ def test_float32_error_comes_from_small_magnitudes(backend):
     assert errors({"w_log": 0.0}, backend.and_others) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("n_fft", "hop", "length", "t"),
+    [
+        (1, 1, 1, 9),  # one bin
+        (4099, 50, 3000, 16000),  # prime; more segments than fit a block of them
+        (20002, 4000, 20002, 60000),  # longer than what a kernel transforms: segments of few frames
+    ],
+)
+def test_any_length(backend64, n_fft, hop, length, t):
+    x, y = signals(2, t)
+    window = torch.linspace(0.5, 1.5, length, dtype=torch.float64)
+
+    def run():
+        loss = dashpot.stft_loss(x, y, n_fft, hop, length, window, w_lin=0.1)
+        return loss, *torch.autograd.grad(loss, [x, y])
+
+    got = run()
+    with dashpot.backend("reference"):
+        want = run()
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9 * other.abs().max().item())
+
+
 def test_compiles_with_the_checks():
     x, y = signals(2, 90, dtype=torch.float32)
     torch._dynamo.reset()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import dashpot
+import numpy as np
 import pytest
 import torch
 
@@ -88,3 +89,24 @@ def test_errors(change, error, words):
                  "hop_length": 4, "win_length": 12, **change}  # fmt: skip
     with pytest.raises(error, match=re.escape(words)):
         dashpot.stft_loss(**arguments)
+
+
+@pytest.mark.tests_op("multi_resolution_stft_loss")
+@pytest.mark.backends("native")
+@pytest.mark.parametrize("n_fft", [512, 511])  # by a kernel's transform, by PyTorch's
+def test_offsets_beyond_32_bits(backend, n_fft):
+    """A signal of 2^31 + 2^17 samples of which one frame, about sample 2^31, is not silent. Only
+    its pages are ever written; the rest reads as zero."""
+    hop, noise = 2**16, torch.randn(n_fft, generator=torch.Generator().manual_seed(0))
+
+    def loss(frames: int, at: int) -> torch.Tensor:
+        x, y = (torch.from_numpy(np.zeros(frames * hop, np.int16)).view(torch.bfloat16)[None]
+                for _ in range(2))  # fmt: skip
+        x[0, at - n_fft // 2 : at + n_fft - n_fft // 2] = noise
+        x, y = x.to(backend.device), y.to(backend.device)
+        return dashpot.stft_loss(x, y, n_fft, hop, n_fft, w_sc=0.0, w_log=0.0, w_lin=1.0,
+                                 reduction="sum")  # fmt: skip
+
+    want = loss(4, 2 * hop)
+    assert want > 100
+    torch.testing.assert_close(loss(2**15 + 2, 2**31), want, rtol=1e-6, atol=0)

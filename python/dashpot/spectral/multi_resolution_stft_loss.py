@@ -183,6 +183,7 @@ VARIANTS = {
     "terms": ("small", [1.0, 1.0, 0.0], "l2", "batch", "mean", 1, True, True),
     "log": ("one", [0.0, 1.0, 0.0], "l1", "batch", "mean", 1, False, False),
     "prime": ("prime", [1.0, 1.0, 1.0], "l1", "batch", "mean", 1, False, False),
+    "prime terms": ("prime", [1.0, 1.0, 0.5], "l2", "example", "none", 2, True, True),
     "bands": ("small", [1.0, 1.0, 0.5], "l1", "example", "mean", 2, False, False),
 }
 
@@ -238,9 +239,10 @@ MULTI_RESOLUTION_STFT_LOSS = declare(
     floor=_multi_resolution_stft_loss_floor,
     sizes={
         # fewer and more frames than a group, more frames than a segment, a last frame cut short,
-        # own windows, channels, each reduction, a length no kernel has, filters
+        # own windows, channels, each reduction, lengths that no kernel transforms, filters
         "test": [("small", 2, 30), ("l2", 4, 33), ("each", 4, 150), ("sum", 3, 64), ("log", 1, 120),
                  ("terms", 2, 50), ("each term", 4, 70), ("prime", 2, 41), ("bands", 4, 60),
+                 ("prime", 1, 700), ("prime terms", 4, 51),
                  ("small", 1, 3000), ("default", 2, 2400)],
         "bench": [("train default", 4, 65536), ("train default", 16, 65536)],
     },
