@@ -42,7 +42,8 @@ Outputs regularized_info_nce_forward(const Tensor& z1, const Tensor& z2, const M
              problem.look_within = true;
              const bool gradient = (needs_grad[0] || needs_grad[1]) && b > 0;
              const int64_t room = problem.tiles_size() * static_cast<int64_t>(sizeof(Work));
-             if (gradient && room <= kKeptTiles) problem.tiles.reset(new Work[problem.tiles_size()]);
+             if (gradient && room <= kKeptTiles)
+               problem.tiles.reset(new Work[problem.tiles_size()]);
              LogSums<Work> sums(problem.rows, start_of(problem));
              std::vector<Best<Work>> best(2, Best<Work>(b, 1));
              add_log_sums(problem, sums, sums, [&](const Site& at, const Tile<Work>& tile) {
