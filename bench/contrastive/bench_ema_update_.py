@@ -1,5 +1,5 @@
-"""ema_update_: 25 million parameters in 25 tensors, 6.5 million in 400, averages in float32, against
-torch's foreach functions and the loop over tensors that momentum encoders carry.
+"""ema_update_: 25 million parameters in 25 tensors, 6.5 million in 400, averages in float32,
+against torch's foreach functions and the loop over tensors that momentum encoders carry.
 
 The op's own rows allocate their outputs; "in place" is the public function, which does not. That
 and the peers write where they read, so they are not compared here (tests/contrastive does).

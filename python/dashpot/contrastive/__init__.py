@@ -14,7 +14,7 @@ from dashpot.contrastive.hard_pair_indices import HARD_PAIR_INDICES, hard_pair_i
 from dashpot.contrastive.hard_pair_mixup import HARD_PAIR_MIXUP, hard_pair_mixup
 from dashpot.contrastive.info_nce import INFO_NCE, info_nce, ring_info_nce
 from dashpot.contrastive.info_nce_queue import INFO_NCE_QUEUE, info_nce_queue
-from dashpot.contrastive.koleo_loss import KOLEO_LOSS, koleo_loss
+from dashpot.contrastive.koleo_loss import KOLEO_LOSS, koleo_loss, ring_koleo_loss
 from dashpot.contrastive.metric_learning import SupConLoss
 from dashpot.contrastive.modules import InfoNCE, KoLeo, NTXent, RegularizedInfoNCE
 from dashpot.contrastive.momentum import EMA, ParticipantPairSampler
@@ -55,6 +55,7 @@ __all__ = [
     "opis",
     "regularized_info_nce",
     "ring_info_nce",
+    "ring_koleo_loss",
     "ring_nt_xent",
     "supcon_loss",
     "tcm_loss",
