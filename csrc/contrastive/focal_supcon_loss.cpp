@@ -134,14 +134,17 @@ class Sweep {
     std::vector<Work> shifts(padded_rows(), start);
     for_tiles([&](int64_t i, int64_t j, const Tile<Work>& tile) {
       double* row = sum.data() + rows.begin(i);
-      double* column = i == j ? nullptr : sum.data() + rows.begin(j);
+      // Rows that are alone need no sum: a panel of theirs is never a row of tiles.
+      double* column = i == j || j >= paired() ? nullptr : sum.data() + rows.begin(j);
       const bool all = i != j && tile.columns == tile.stride;
       if (!fixed) {
         run_on_isa<AddExponentialsWide<Work>>(&tile, c, shifts.data() + rows.begin(i), row,
                                               column ? shifts.data() + rows.begin(j) : nullptr,
                                               column);
-      } else if (all) {
+      } else if (all && column) {
         run_on_isa<AddExponentials<Work, true, true>>(&tile, factor(), shift(), row, column);
+      } else if (all) {
+        run_on_isa<AddExponentials<Work, true, false>>(&tile, factor(), shift(), row, column);
       } else if (column) {
         run_on_isa<AddExponentials<Work, false, true>>(&tile, factor(), shift(), row, column);
       } else {
