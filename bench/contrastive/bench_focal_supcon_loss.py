@@ -23,7 +23,7 @@ def FLOOR(z, groups, *_):
     return 2 * z.numel() * z.element_size() + 8 * n, 4 * (n * n - alone * alone) * d
 
 
-def published(z, groups, temperature, gamma, by_count, all_anchors, normalize, reduction):
+def published(z, groups, temperature, gamma, by_count, all_anchors, normalize, *_):
     """Masks as floats over the whole matrix, logits less their maximum, weights of every pair."""
     if normalize:
         z = torch.nn.functional.normalize(z, dim=1)

@@ -7,12 +7,18 @@
 // are exact. A tile counts into a table of its own (classes of its two panels by T), which then
 // goes to the common one by integer atomics: sums of integers have no order.
 //
-// The range by ranks: impostor cosines are chosen exactly, 16 bits of their ordered representation
-// at a time; each sweep counts what the next 16 bits of those are that agree so far.
+// The range by ranks: the cosines of impostors among kSample rows show between which two cosines a
+// rank should lie; one sweep counts the impostors on either side and lists those in between, and
+// the rank is selected from the list. Where the sample misled, or the lists would be long, 16 bits
+// of the cosines' ordered representation are found at a time: each sweep counts what the next 16
+// bits of those are that agree so far.
 #include <omp.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <functional>
+#include <optional>
 #include <tuple>
 
 #include "common/bind.h"
@@ -48,6 +54,13 @@ struct Key {
   }
 };
 
+std::vector<int64_t> every(const std::vector<int64_t>& rows, int64_t step) {
+  std::vector<int64_t> some;
+  for (size_t k = 0; k < rows.size(); k += step) some.push_back(rows[k]);
+  return some;
+}
+
+// Rows by class, or every step-th of them.
 template <class Work>
 class Sweep {
  public:
@@ -58,12 +71,13 @@ class Sweep {
   std::vector<int32_t> classes;  // (N,) in this order; num_classes for rows without a class
 
   template <class In>
-  Sweep(const In* z, const int64_t* ids, int64_t n, int64_t d, int64_t num_classes, int threads)
-      : order(order_by_id(ids, n)),
-        rows(gathered(z, order, d).get(), n, d, 1e-12, threads, panel_for(n)),
+  Sweep(const In* z, const int64_t* ids, std::vector<int64_t> by_class, int64_t d,
+        int64_t num_classes, int threads)
+      : order(std::move(by_class)),
+        rows(z, size(), d, 1e-12, threads, panel_for(size()), order.data()),
         num_classes(num_classes),
         threads(threads) {
-    classes.reserve(n);
+    classes.reserve(size());
     for (const int64_t i : order) {
       if (ids[i] < 0 || ids[i] > num_classes) {
         throw std::invalid_argument("classes: expected 0..num_classes");
@@ -71,6 +85,8 @@ class Sweep {
       classes.push_back(static_cast<int32_t>(ids[i]));
     }
   }
+
+  int64_t size() const { return static_cast<int64_t>(order.size()); }
 
   // body(i, j, tile, first): rows of panels i <= j; the pairs of row a are the columns from
   // first(a) on. Panels are square.
@@ -83,6 +99,30 @@ class Sweep {
     });
   }
 
+  int64_t impostor_pairs() const {
+    int64_t pairs = size() * (size() - 1) / 2;
+    for (int64_t begin = 0, end = 0; begin < size() && classes[begin] < num_classes; begin = end) {
+      while (end < size() && classes[end] == classes[begin]) ++end;
+      pairs -= (end - begin) * (end - begin - 1) / 2;
+    }
+    return pairs;
+  }
+
+  // Sets all of a tile that is no impostor pair to -inf; for_tiles' arguments.
+  template <class First>
+  void keep_impostors(int64_t i, int64_t j, Work* s, const First& first) const {
+    constexpr Work kNone = -std::numeric_limits<Work>::infinity();
+    const int32_t* column = classes.data() + rows.begin(j);
+    const int64_t columns = rows.height(j);
+    for (int64_t a = 0; a < rows.height(i); ++a, s += rows.panel) {
+      const auto [same, beyond] =
+          alike_columns(classes[rows.begin(i) + a], column, first(a), columns);
+      std::fill(s, s + first(a), kNone);
+      std::fill(s + same, s + beyond, kNone);
+      std::fill(s + columns, s + rows.panel, kNone);
+    }
+  }
+
   // Which of the columns begin..end have the class `own`: they lie side by side.
   std::pair<int64_t, int64_t> alike_columns(int32_t own, const int32_t* column, int64_t begin,
                                             int64_t end) const {
@@ -90,19 +130,159 @@ class Sweep {
     const auto [low, high] = std::equal_range(column + begin, column + end, own);
     return {low - column, high - column};
   }
+};
 
- private:
-  template <class In>
-  static std::unique_ptr<In[]> gathered(const In* z, const std::vector<int64_t>& order, int64_t d) {
-    std::unique_ptr<In[]> out(new In[order.size() * d]);
-    for (size_t k = 0; k < order.size(); ++k) std::copy_n(z + order[k] * d, d, out.get() + k * d);
-    return out;
+// Cosines between which the one of a rank is looked for: near > far.
+template <class Work>
+struct Bracket {
+  Work near, far;
+};
+
+using Counts = std::array<std::array<int64_t, 3>, 2>;  // of cosines > near, >= near and >= far
+
+// Counts for both brackets, and writes the cosines in between (and a few next to them) to `end`.
+template <class Work>
+struct CountBrackets {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const Work* s, int64_t n, const Bracket<Work>* bracket,
+                                 Counts* counts, Work** end) {
+    using Int = IntVec<Work, isa>;
+    for (int k = 0; k < 2; ++k) {
+      const Work near = bracket[k].near, far = bracket[k].far;
+      Int sums[3] = {};
+      for (int64_t j = 0; j < n; j += kLanes<Work, isa>) {
+        const Vec<Work, isa> x = load<Work, isa>(s + j);
+        sums[0] -= x > near;
+        sums[1] -= x >= near;
+        sums[2] -= x >= far;
+      }
+      for (int which = 0; which < 3; ++which) {
+        for (int lane = 0; lane < kLanes<Work, isa>; ++lane)
+          (*counts)[k][which] += sums[which][lane];
+      }
+      // Written without branches: which ones are inside cannot be predicted. One comparison; that
+      // the sum is rounded lets a few more in.
+      const Work middle = near / 2 + far / 2;
+      const Work reach = (near - middle) + 8 * std::numeric_limits<Work>::epsilon();
+      Work* to = end[k];
+      for (int64_t j = 0; j < n; ++j) {
+        *to = s[j];
+        to += std::abs(s[j] - middle) < reach;
+      }
+      end[k] = to;
+    }
   }
 };
 
-// The impostor cosines of two ranks, counted from 1 by growing distance.
+constexpr int64_t kSample = 1024;              // rows
+constexpr int64_t kListed = int64_t{1} << 22;  // cosines in a thread's list
+
+// The threads' lists as one.
 template <class Work>
-std::array<double, 2> cosines_at(const Sweep<Work>& sweep, const std::vector<int64_t>& ranks) {
+std::vector<Work> joined(std::vector<std::vector<Work>>& parts) {
+  std::vector<Work> all = std::move(parts.front());
+  for (size_t k = 1; k < parts.size(); ++k) {
+    all.insert(all.end(), parts[k].begin(), parts[k].end());
+    parts[k] = {};
+  }
+  return all;
+}
+
+// The brackets that the impostors of a sample of the rows suggest, none if they would hold too
+// much. The share p of pairs within a distance deviates by 2 sqrt(p (1 - p) / rows) at most, by a
+// fraction of that unless each row has all others near or none: that much to either side.
+template <class Work>
+std::optional<std::array<Bracket<Work>, 2>> brackets_of(const Sweep<Work>& sample, int64_t pairs,
+                                                        const std::vector<int64_t>& ranks) {
+  std::vector<std::vector<Work>> all(sample.threads);
+  sample.for_tiles([&](int64_t i, int64_t j, Work* s, auto first) {
+    sample.keep_impostors(i, j, s, first);
+    const int64_t size = sample.rows.height(i) * sample.rows.panel;
+    std::copy_if(s, s + size, std::back_inserter(all[omp_get_thread_num()]),
+                 [](Work x) { return x > -std::numeric_limits<Work>::infinity(); });
+  });
+  std::vector<Work> found = joined(all);
+  const double count = static_cast<double>(found.size());
+  std::array<Bracket<Work>, 2> brackets;
+  for (int k = 0; k < 2; ++k) {
+    const double p = std::min(static_cast<double>(ranks[k]) / static_cast<double>(pairs), 1.0);
+    const double margin = 2 * std::sqrt(p * (1 - p) / static_cast<double>(sample.size()));
+    if (2 * margin * static_cast<double>(pairs) > static_cast<double>(kListed)) return {};
+    const auto at = [&](double share, Work beyond) {
+      const auto place = static_cast<int64_t>(std::floor(share * count));
+      if (place < 0 || place >= static_cast<int64_t>(found.size())) return beyond;
+      std::nth_element(found.begin(), found.begin() + place, found.end(), std::greater<Work>());
+      return found[place];
+    };
+    brackets[k] = {at(p - margin, Work(2)), at(p + margin, Work(-2))};  // 2: beyond all cosines
+  }
+  return brackets;
+}
+
+// The impostor cosines of two ranks by one sweep, if they lie where they are looked for.
+template <class Work>
+std::optional<std::array<double, 2>> cosines_in(const Sweep<Work>& sweep,
+                                                const std::array<Bracket<Work>, 2>& brackets,
+                                                const std::vector<int64_t>& ranks) {
+  std::vector<Counts> counts(sweep.threads, Counts{});
+  std::array<std::vector<std::vector<Work>>, 2> inside;  // by bracket and thread
+  std::array<std::vector<int64_t>, 2> lengths;
+  for (int k = 0; k < 2; ++k) {
+    inside[k].resize(sweep.threads);
+    lengths[k].resize(sweep.threads);
+  }
+  std::atomic<bool> too_long{false};
+  const int64_t tile = sweep.rows.panel * sweep.rows.panel;
+  sweep.for_tiles([&](int64_t i, int64_t j, Work* s, auto first) {
+    if (too_long) return;
+    sweep.keep_impostors(i, j, s, first);
+    const int thread = omp_get_thread_num();
+    std::array<Work*, 2> end;
+    for (int k = 0; k < 2; ++k) {
+      std::vector<Work>& list = inside[k][thread];
+      const int64_t length = lengths[k][thread];
+      if (static_cast<int64_t>(list.size()) < length + tile) list.resize(length * 5 / 4 + tile);
+      end[k] = list.data() + length;
+    }
+    run_on_isa<CountBrackets<Work>>(static_cast<const Work*>(s),
+                                    sweep.rows.height(i) * sweep.rows.panel, brackets.data(),
+                                    &counts[thread], end.data());
+    for (int k = 0; k < 2; ++k) {
+      lengths[k][thread] = end[k] - inside[k][thread].data();
+      if (lengths[k][thread] > kListed) too_long = true;
+    }
+  });
+  if (too_long) return {};
+  std::array<double, 2> result;
+  for (int k = 0; k < 2; ++k) {
+    const auto [near, far] = brackets[k];
+    std::array<int64_t, 3> count{};
+    for (int thread = 0; thread < sweep.threads; ++thread) {
+      for (int which = 0; which < 3; ++which) count[which] += counts[thread][k][which];
+      std::vector<Work>& list = inside[k][thread];
+      list.resize(lengths[k][thread]);
+      const auto outside = [near = near, far = far](Work x) { return !(x < near && x > far); };
+      list.erase(std::remove_if(list.begin(), list.end(), outside), list.end());
+    }
+    std::vector<Work> list = joined(inside[k]);
+    if (ranks[k] <= count[0] || ranks[k] > count[2]) return {};
+    const int64_t place = ranks[k] - count[1] - 1;  // in the list
+    if (place < 0) {
+      result[k] = near;
+    } else if (place < static_cast<int64_t>(list.size())) {
+      std::nth_element(list.begin(), list.begin() + place, list.end(), std::greater<Work>());
+      result[k] = list[place];
+    } else {
+      result[k] = far;
+    }
+  }
+  return result;
+}
+
+// The impostor cosines of two ranks, counted from 1 by growing distance: 16 bits at a time.
+template <class Work>
+std::array<double, 2> cosines_by_digits(const Sweep<Work>& sweep,
+                                        const std::vector<int64_t>& ranks) {
   using Bits = typename Key<Work>::Bits;
   constexpr int kDigit = 16;
   constexpr int64_t kBins = int64_t{1} << kDigit;
@@ -113,7 +293,7 @@ std::array<double, 2> cosines_at(const Sweep<Work>& sweep, const std::vector<int
     const int tables = found[0] == found[1] ? 1 : 2;          // both may agree so far
     std::vector<std::vector<int64_t>> counts(sweep.threads);  // integers: any split adds up alike
     for (auto& one : counts) one.assign(tables * kBins, 0);
-    sweep.for_tiles([&](int64_t i, int64_t j, const Work* s, auto first) {
+    sweep.for_tiles([&](int64_t i, int64_t j, Work* s, auto first) {
       int64_t* table = counts[omp_get_thread_num()].data();
       const int32_t* column = sweep.classes.data() + sweep.rows.begin(j);
       for (int64_t a = 0; a < sweep.rows.height(i); ++a) {
@@ -210,7 +390,7 @@ void count_pairs(const Sweep<Work>& sweep, const Grid& grid, int64_t* genuine, i
     const Work at = (d - start) * scale;
     return static_cast<int64_t>(std::min(std::max(at, Work(0)), static_cast<Work>(width - 1)));
   };
-  sweep.for_tiles([&](int64_t i, int64_t j, const Work* s, auto first) {
+  sweep.for_tiles([&](int64_t i, int64_t j, Work* s, auto first) {
     const int32_t* row = sweep.classes.data() + sweep.rows.begin(i);
     const int32_t* column = sweep.classes.data() + sweep.rows.begin(j);
     const int64_t height = sweep.rows.height(i), columns = sweep.rows.height(j);
@@ -278,13 +458,22 @@ std::tuple<Tensor, Tensor, Tensor> opis_forward(const Tensor& embeddings, const 
     using In = decltype(element);
     using Work = WorkOf<In>;
     const py::gil_scoped_release release;
-    const Sweep<Work> sweep(embeddings.as<const In>(), classes.as<const int64_t>(), n, d,
-                            num_classes, threads);
+    const int64_t* ids = classes.as<const int64_t>();
+    const auto sweep_of = [&](std::vector<int64_t> rows) {
+      return Sweep<Work>(embeddings.as<const In>(), ids, std::move(rows), d, num_classes, threads);
+    };
+    const Sweep<Work> sweep = sweep_of(order_by_id(ids, n));
     Grid grid;
     if (d_range.size() == 2) {
       grid = grid_of({d_range[0], d_range[1]}, count, euclidean, nullptr);
     } else {
-      const std::array<double, 2> exact = cosines_at(sweep, ranks);
+      std::optional<std::array<double, 2>> chosen;
+      if (n > kSample) {
+        const Sweep<Work> sample = sweep_of(every(sweep.order, (n + kSample - 1) / kSample));
+        const auto brackets = brackets_of(sample, sweep.impostor_pairs(), ranks);
+        if (brackets) chosen = cosines_in(sweep, *brackets, ranks);
+      }
+      const std::array<double, 2> exact = chosen ? *chosen : cosines_by_digits(sweep, ranks);
       grid = grid_of({distance_of(exact[0], euclidean), distance_of(exact[1], euclidean)}, count,
                      euclidean, &exact);
     }

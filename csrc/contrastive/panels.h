@@ -2,6 +2,7 @@
 //
 //   u_i = z_i / max(|z_i|, eps)  (or z_i as it is),  z (n, d) in any dtype -> u in Work
 //
+// Rows may be taken in another order: then row i is z's row order[i], and gradients go back there.
 // Rows are cut into panels of `panel` rows. Each panel lies twice in memory, in strips of kStrip
 // numbers as matmul.h wants them: by rows, (strips of d, panel, kStrip), and by columns, (strips of
 // the panel, d, kStrip). Padding is zero. Beyond these 2 n d numbers a sweep keeps a tile per
@@ -38,6 +39,9 @@ inline Maybe like(const Tensor& z, bool wanted) {
 // What sums are formed in: float64 for float64, else float32.
 template <class In>
 using WorkOf = std::conditional_t<std::is_same_v<In, double>, double, float>;
+
+// Bytes of tiles that one pass may leave to the next.
+inline constexpr int64_t kKeptTiles = int64_t{48} << 20;
 
 // Panel height for n rows: low ones give threads more to share, high ones less traffic.
 inline int64_t panel_for(int64_t n) { return n < 2048 ? 64 : 128; }
@@ -149,12 +153,14 @@ class Panels {
   int64_t rows = 0, dim = 0, panel = 0, count = 0;
   double largest = 0;  // norm of the longest row u; NaN if a row is not finite
 
-  // z: (rows, dim); eps: the least norm that is divided by; 0 leaves the rows as they are.
+  // z: (rows, dim); eps: the least norm that is divided by; 0 leaves the rows as they are. order:
+  // (rows,) of z's rows, which outlives the panels, or none: as they lie.
   template <class In>
-  Panels(const In* z, int64_t rows, int64_t dim, double eps, int threads, int64_t panel)
-      : rows(rows), dim(dim), panel(panel), count((rows + panel - 1) / panel) {
-    by_rows_.reset(new Work[count * row_size()]);
-    by_columns_.reset(new Work[count * panel * dim]);
+  Panels(const In* z, int64_t rows, int64_t dim, double eps, int threads, int64_t panel,
+         const int64_t* order = nullptr)
+      : rows(rows), dim(dim), panel(panel), count((rows + panel - 1) / panel), order_(order) {
+    // One block: blocks of a few megabytes are what the C library keeps for the next call.
+    values_.reset(new Work[count * (row_size() + panel * dim)]);
     inverse.resize(rows);
     projected.resize(rows);
     std::vector<double> longest(count);
@@ -166,23 +172,23 @@ class Panels {
   int64_t begin(int64_t p) const { return p * panel; }
   int64_t height(int64_t p) const { return std::min(panel, rows - p * panel); }
   int64_t row_size() const { return strips(dim) * panel * kStrip; }  // numbers of a panel by rows
-  const Work* by_rows(int64_t p) const { return by_rows_.get() + p * row_size(); }
-  const Work* by_columns(int64_t p) const { return by_columns_.get() + p * panel * dim; }
+  const Work* by_rows(int64_t p) const { return values_.get() + p * row_size(); }
+  const Work* by_columns(int64_t p) const {
+    return values_.get() + count * row_size() + p * panel * dim;
+  }
 
   // Row i of numbers that lie as the panels by rows do: of these, or of gradients.
   template <class T>
   Row<T> row_of(T* panels, int64_t i) const {
     return {panels + i / panel * row_size() + i % panel * kStrip, panel * kStrip, strips(dim)};
   }
-  Row<const Work> row(int64_t i) const {
-    return row_of(const_cast<const Work*>(by_rows_.get()), i);
-  }
+  Row<const Work> row(int64_t i) const { return row_of(by_rows(0), i); }
 
   std::vector<Work> inverse;    // (rows,) u_i = z_i * inverse_i
   std::vector<char> projected;  // (rows,) whether the norm was divided by, and not eps
 
   // dz_i = c (g_i - u_i (u_i . g_i)) / |z_i|, or c g_i / eps where the norm is below; out (rows,
-  // dim).
+  // dim), as z.
   template <class Out>
   void project(const Work* g, Work c, Out* out, int threads) const {
     parallel_for(count, threads, [&](int64_t p) {
@@ -191,18 +197,21 @@ class Panels {
         const Row<const Work> u = row(i), gradient = row_of(g, i);
         const Work along = projected[i] ? static_cast<Work>(dot(u, gradient)) : Work(0);
         run_on_isa<Project<Work>>(&gradient, &u, along, c * inverse[i], line.get());
-        run_on_isa<ConvertBlock<Out, Work>>(out + i * dim, line.get(), dim);
+        run_on_isa<ConvertBlock<Out, Work>>(out + place(i) * dim, line.get(), dim);
       }
     });
   }
 
  private:
-  std::unique_ptr<Work[]> by_rows_, by_columns_;
+  const int64_t* order_;
+  std::unique_ptr<Work[]> values_;  // by rows, then by columns
+
+  int64_t place(int64_t i) const { return order_ ? order_[i] : i; }  // of row i in z
 
   template <class In>
   double fill(const In* z, int64_t p, double eps) {
-    Work* const by_rows = by_rows_.get() + p * row_size();
-    Work* const by_columns = by_columns_.get() + p * panel * dim;
+    Work* const by_rows = values_.get() + p * row_size();
+    Work* const by_columns = values_.get() + count * row_size() + p * panel * dim;
     const int64_t live = height(p), width = strips(dim) * kStrip;
     const std::unique_ptr<Work[]> lines(new Work[kStrip * width]());  // (kStrip, width)
     double longest = 0;
@@ -213,7 +222,7 @@ class Panels {
         if (first + r >= live) {
           std::fill(line, line + width, Work(0));
         } else {
-          run_on_isa<ConvertBlock<Work, In>>(line, z + i * dim, dim);
+          run_on_isa<ConvertBlock<Work, In>>(line, z + place(i) * dim, dim);
           const double length = normalise(line, i, eps, width);
           if (std::isnan(length) || std::isnan(longest) || length > longest) longest = length;
         }

@@ -3,7 +3,7 @@
 // A tile within a view is a tile of NT-Xent's logits and of KoLeo's cosines: its exponentials are
 // added, then its nearest neighbours are looked for. Where a gradient is wanted it is formed at
 // once: both losses are numbers, so their gradients only wait for a factor, rows are normalised
-// once, and the tiles of a small batch (up to kKeep) are still there.
+// once, and the tiles of a small batch (up to kKeptTiles) are still there.
 #include <optional>
 #include <tuple>
 
@@ -15,7 +15,6 @@ namespace dashpot::contrastive {
 namespace {
 
 constexpr double kKoleoEps = 1e-8;
-constexpr int64_t kKeep = int64_t{48} << 20;  // bytes of tiles
 
 double mean(const std::vector<double>& values) {
   double sum = 0;
@@ -43,7 +42,8 @@ Outputs regularized_info_nce_forward(const Tensor& z1, const Tensor& z2, const M
              problem.look_within = true;
              const bool gradient = (needs_grad[0] || needs_grad[1]) && b > 0;
              const int64_t room = problem.tiles_size() * static_cast<int64_t>(sizeof(Work));
-             if (gradient && room <= kKeep) problem.tiles.reset(new Work[problem.tiles_size()]);
+             if (gradient && room <= kKeptTiles)
+               problem.tiles.reset(new Work[problem.tiles_size()]);
              LogSums<Work> sums(problem.rows, start_of(problem));
              std::vector<Best<Work>> best(2, Best<Work>(b, 1));
              add_log_sums(problem, sums, sums, [&](const Site& at, const Tile<Work>& tile) {

@@ -62,8 +62,15 @@ def losses(ids, scale):
     def koleo(z1, z2, ids, **group):
         return dashpot.koleo_loss(z1, topk=2, **group) + 0 * z2.sum()
 
+    def ring_koleo(z1, z2, ids, **group):
+        """Neighbours at home and elsewhere, more than a rank has; equal rows on two ranks."""
+        loss = dashpot.ring_koleo_loss if group else dashpot.koleo_loss
+        last = torch.arange(len(z1)) % B == B - 1  # of each rank
+        twice = torch.where(last[:, None], 1.0, z1)
+        return loss(z1, topk=B + 2, **group) + loss(twice, **group) + 0 * z2.sum()
+
     return [info, both, ring, ring_both, nt_xent, subjects, ring_nt_xent, ring_subjects,
-            ring_across, koleo]  # fmt: skip
+            ring_across, koleo, ring_koleo]  # fmt: skip
 
 
 def check(group, rank: int, ranks: int) -> None:

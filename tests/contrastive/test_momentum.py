@@ -4,63 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dashpot.contrastive import EMA, ParticipantPairSampler, ema_update_
+from dashpot.contrastive import EMA, ParticipantPairSampler
 
 # --------------------------------------------------------------------------------------------
 # The momentum encoder
-
-
-@pytest.mark.parametrize("as_tensor", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ema_update(dtype, as_tensor):
-    """[1, -2] towards [3, 2] at 0.9: [1.2, -1.6], whatever the new values' dtype."""
-    average = torch.tensor([1.0, -2.0])
-    momentum = torch.tensor(0.9) if as_tensor else 0.9
-    ema_update_([average], [torch.tensor([3.0, 2.0], dtype=dtype)], momentum)
-    torch.testing.assert_close(average, torch.tensor([1.2, -1.6]))
-
-
-def test_ema_of_bfloat16_does_not_stall():
-    """2,000 steps of one thousandth from 1 towards 1.5: in bfloat16 the average would stay at 1."""
-    average, new = torch.ones(3), torch.full((3,), 1.5, dtype=torch.bfloat16)
-    for _ in range(2000):
-        ema_update_([average], [new], 0.999)
-    assert average[0].item() == pytest.approx(1.4324000373, abs=1e-4)
-
-
-def test_ema_in_place():
-    """Storage stays, strides are any, integers are copied, tied tensors move once, 0 and 1."""
-    average, count = torch.zeros(4, 6).T, torch.tensor(3)
-    new, tied = torch.ones(6, 4, dtype=torch.float16), torch.zeros(5)
-    address = average.data_ptr()
-    news = [new, torch.tensor(8), torch.ones(5), torch.ones(5), torch.zeros(0)]
-    ema_update_([average, count, tied, tied, torch.zeros(0)], news, 0.5)
-    assert average.data_ptr() == address and bool((average == 0.5).all())
-    assert count.item() == 8 and bool((tied == 0.5).all())
-    ema_update_([tied], [torch.ones(5)], 1)
-    assert bool((tied == 0.5).all())
-    ema_update_([tied], [torch.ones(5)], 0.0)
-    assert bool((tied == 1).all())
-    ema_update_([tied], [torch.zeros(5)], 0.99, step=0, warmup=4)  # momentum 1 / 4
-    assert bool((tied == 0.25).all())
-
-
-ONE = torch.ones(2)
-BAD_EMA = [
-    (lambda: ema_update_(ONE, [ONE]), TypeError, r"targets: .*list.*Tensor"),
-    (lambda: ema_update_([ONE], []), ValueError, r"onlines: .*1 tensors, got 0"),
-    (lambda: ema_update_([ONE], [ONE]), ValueError, r"targets\[0\]: .*memory of its own"),
-    (lambda: ema_update_([ONE], [torch.ones(3)]), ValueError, r"onlines\[0\]: .*\(2,\).*\(3,\)"),
-    (lambda: ema_update_([ONE.half()], [ONE]), TypeError, r"targets\[0\]: .*float32.*float16"),
-    (lambda: ema_update_([ONE], [ONE + 1], 1.5), ValueError, r"momentum: .*0 to 1, got 1.5"),
-    (lambda: ema_update_([ONE], [ONE + 1], step=1), ValueError, r"step: .*together with warmup"),
-]
-
-
-@pytest.mark.parametrize(("call", "kind", "message"), BAD_EMA, ids=[bad[2] for bad in BAD_EMA])
-def test_ema_errors(call, kind, message):
-    with pytest.raises(kind, match=message):
-        call()
 
 
 def test_ema_module():

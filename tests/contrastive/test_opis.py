@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import dashpot
 import pytest
 import torch
@@ -141,6 +143,37 @@ def test_float32_and_nan(backend):
     assert not score.requires_grad
     narrow[3, 3] = torch.nan
     assert dashpot.opis(narrow, labels.to(backend.device)).isnan()
+
+
+def exact_range(rows, labels, far_range):
+    """From all impostor distances."""
+    u = normalize(rows, dim=1)
+    apart = (labels[:, None] != labels[None, :]).triu(1)
+    s = (u @ u.mT)[apart].sort(descending=True).values.double()
+    ranks = [max(1, math.ceil(rate * s.numel())) for rate in far_range]
+    return [math.sqrt(max(0, 2 - 2 * s[rank - 1].item())) for rank in ranks]
+
+
+@pytest.mark.parametrize("kind", ["clusters", "misleading", "equal"])
+def test_range_of_many_rows(backend, kind):
+    """1025 rows and more: a sample shows where the range lies (every second row, by class). It
+    misleads where those rows are alike and the others are not; all distances are one where the
+    rows of a class are equal and classes orthogonal."""
+    generator = torch.Generator().manual_seed(3)
+    labels = torch.arange(1100) // 4
+    rows = torch.randn(1100, 12, generator=generator)
+    if kind == "clusters":
+        rows += torch.randn(275, 12, generator=generator)[labels]
+    elif kind == "misleading":
+        rows[::2] = torch.eye(12)[0] + 1e-2 * rows[::2]
+    else:
+        labels = labels % 12
+        rows = torch.eye(12)[labels]
+    rates = (0.02, 0.3)
+    _, curves = dashpot.opis(rows.to(backend.device), labels.to(backend.device), far_range=rates,
+                             return_curves=True)  # fmt: skip
+    want = exact_range(rows, labels, rates)
+    assert curves.thresholds[[0, -1]].tolist() == pytest.approx(want, rel=1e-5)
 
 
 def test_memory(resident_growth):

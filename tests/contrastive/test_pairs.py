@@ -33,8 +33,14 @@ def labels_of(kind: str, b: int) -> torch.Tensor:
     return torch.arange(b) if kind == "all distinct" else torch.arange(b) * 7 % 11
 
 
-def unit(z):
-    return torch.nn.functional.normalize(z, dim=1)
+def core_tuning(a, b, temperature, y):
+    """Three logits, soft labels between two classes, rows of length 1 in float32 at least."""
+    soft = torch.nn.functional.one_hot(y % 3, 3) * 0.75
+    soft[:, 0] += 0.25
+    z = torch.nn.functional.normalize(a if a.dtype == torch.float64 else a.float(), dim=1)
+    return dashpot.core_tuning_loss(
+        a[:, :3], z, soft.to(a.dtype), y, eta=1.0, temperature=temperature
+    )
 
 
 # {name: function(z1, z2, temperature, labels)}
@@ -54,6 +60,7 @@ LOSSES = {
     "focal_supcon_loss": lambda a, b, t, y: dashpot.focal_supcon_loss(
         a, y, temperature=t, normalize=True
     ) + 0 * b.sum(),
+    "core_tuning_loss": lambda a, b, t, y: core_tuning(a, b, t, y) + 0 * b.sum(),
     "tcm_loss": lambda a, b, t, y: dashpot.tcm_loss(a, y) + 0 * b.sum(),
 }  # fmt: skip
 

@@ -4,8 +4,10 @@ logits    info_nce, info_nce_queue, nt_xent: tiles of pairs.py
 koleo     koleo_loss, regularized_info_nce: the same sweep, distances and pulls
 groups    focal_supcon_loss, hard_pair_indices, hard_pair_mixup: tiles of tiles.py
 margins   tcm_loss, opis: the same tiles
+averages  ema_update_
 """
 
+from dashpot.triton_kernels.contrastive.averages import ema_update__forward
 from dashpot.triton_kernels.contrastive.groups import (
     focal_supcon_loss_backward,
     focal_supcon_loss_forward,
@@ -37,6 +39,7 @@ from dashpot.triton_kernels.contrastive.margins import (
 )
 
 __all__ = [
+    "ema_update__forward",
     "focal_supcon_loss_backward",
     "focal_supcon_loss_forward",
     "focal_supcon_loss_supports",

@@ -239,9 +239,10 @@ def focal_supcon_loss_supports(z: Tensor, *_) -> str | None:
 
 def focal_supcon_loss_forward(
     z: Tensor, groups: Tensor, temperature: float, gamma: float, by_count: bool, all_anchors: bool,
-    normalize: bool, reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(N, d), (N,) int64 -> loss () or (N,), lse (N,), pull (N,), all float32"""
+    normalize: bool, reduction: str, with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(N, d), (N,) int64 -> loss () or (N,), lse (N,), pull (N,) and the gradient (N, d) or (0, d),
+    all float32"""
     n, d = z.shape
     order, first, last, paired = _ordered(groups)
     u = unit(z, normalize)[order]
@@ -258,25 +259,26 @@ def focal_supcon_loss_forward(
             u, first, last, lse, sums, pull, n, d, c, gamma, M=ROWS, N=NARROW, INNER=INNER,
             FOCUS=_focus_of(gamma), PRECISION=precision, num_warps=8,
         )  # fmt: skip
-    loss = -sums * _shares(first, last, paired, by_count, all_anchors, reduction)
+    shares = _shares(first, last, paired, by_count, all_anchors, reduction)
+    loss, unit_grad = -sums * shares, lse.new_empty((0, d))
+    if with_gradient:
+        unit_grad = _focal_gradient(
+            z, u, (order, first, last, paired), lse, pull, shares, temperature, gamma, normalize
+        )
     back = torch.empty_like(order).scatter_(0, order, torch.arange(n, device=z.device))
     if reduction == "none":
-        return loss[back], lse[back], pull[back]
-    return loss.sum(dtype=torch.float64).float(), lse[back], pull[back]
+        return loss[back], lse[back], pull[back], unit_grad
+    return loss.sum(dtype=torch.float64).float(), lse[back], pull[back], unit_grad
 
 
-def focal_supcon_loss_backward(
-    grad_loss: Tensor, z: Tensor, groups: Tensor, lse: Tensor, pull: Tensor, temperature: float,
-    gamma: float, by_count: bool, all_anchors: bool, normalize: bool, reduction: str,
-) -> Tensor:  # fmt: skip
-    """-> (N, d) in the dtype of z"""
+def _focal_gradient(z, u, groups, lse, pull, w, temperature, gamma, normalize) -> Tensor:
+    """sum_i w_i l_i by z (N, d), float32, in the rows' own order; u (N, d), groups as of
+    `_ordered`, lse, pull and w (N,): ordered."""
     n, d = z.shape
-    order, first, last, paired = _ordered(groups)
-    u = unit(z, normalize)[order]
-    lse, pull, c = lse[order], pull[order], 1 / temperature
-    w = c * grad_loss.float().expand(n)[order]
-    w = w * _shares(first, last, paired, by_count, all_anchors, reduction)
+    order, first, last, paired = groups
+    c = 1 / temperature
     is_unit = normalize and c <= 40
+    w = c * w
     push = w * pull
     if is_unit:
         push = torch.where(w != 0, push * torch.exp(c - lse), 0)
@@ -288,7 +290,24 @@ def focal_supcon_loss_backward(
             PRECISION=precision_of(z, normalize), num_warps=8,
         )  # fmt: skip
     out = torch.empty_like(grad).index_copy_(0, order, grad)
-    return project(out, z, normalize)
+    return project(out, z.float(), normalize)
+
+
+def focal_supcon_loss_backward(
+    grad_loss: Tensor, z: Tensor, groups: Tensor, lse: Tensor, pull: Tensor, unit_grad: Tensor,
+    temperature: float, gamma: float, by_count: bool, all_anchors: bool, normalize: bool,
+    reduction: str, with_gradient: bool,
+) -> Tensor:  # fmt: skip
+    """-> (N, d) in the dtype of z"""
+    if with_gradient:
+        return (grad_loss * unit_grad).to(z.dtype)
+    ordered = order, first, last, paired = _ordered(groups)
+    w = grad_loss.float().expand(z.shape[0])[order]
+    w = w * _shares(first, last, paired, by_count, all_anchors, reduction)
+    return _focal_gradient(
+        z, unit(z, normalize)[order], ordered, lse[order], pull[order], w, temperature, gamma,
+        normalize,
+    ).to(z.dtype)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n"])

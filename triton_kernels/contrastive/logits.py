@@ -375,8 +375,13 @@ class Pairs:
             "PRECISION": precision_of(self.rows.x.dtype), "SCALE": self.scale is not None,
             "VIEWS": self.codes is not None, "WITHIN": self.within, "ACROSS": self.across,
             "BLOCK_M": ROWS, "BLOCK_N": KEYS // 2 if self.rows.x.dtype == torch.float32 else KEYS,
-            "DEPTH": DEPTH, "num_warps": 8,
+            "num_warps": 8,
         }  # fmt: skip
+
+    def depth(self) -> int:
+        """Of the products beside a gradient's accumulators: float32 rows are split into two parts
+        each, which half the depth keeps in registers."""
+        return DEPTH // 2 if self.rows.x.dtype == torch.float32 else DEPTH
 
     def _some(self, value):
         """What is passed for a pointer that the kernel does not read."""
@@ -408,7 +413,7 @@ class Pairs:
             rows.x, keys.x, rows.inverse, keys.inverse, self._some(codes[0]), self._some(codes[1]),
             self._some(positive), self._some(self.scale), most, total, best, found,
             self._some(before[0]), self._some(before[1]), m, n, d, chunk, offset, self.factor,
-            FIXED=self.fixed, LOGITS=logits, NEAREST=nearest, AFTER=last is not None,
+            FIXED=self.fixed, LOGITS=logits, NEAREST=nearest, AFTER=last is not None, DEPTH=DEPTH,
             **self.options(),
         )  # fmt: skip
         value = lse
@@ -442,7 +447,8 @@ class Pairs:
             nobody if mine[2] is None else mine[2], nobody if theirs[2] is None else theirs[2],
             self._some(mine[0]), self._some(mine[1]), self._some(theirs[0]), self._some(theirs[1]),
             self._some(self.scale), grad, m, n, d, chunk, self.factor,
-            WIDTH=WIDTH, OWN=own is not None, OTHER=other is not None, **self.options(),
+            WIDTH=WIDTH, OWN=own is not None, OTHER=other is not None, DEPTH=self.depth(),
+            **self.options(),
         )  # fmt: skip
         return project_rows(rows, grad, out_dtype, self.factor, self.scale)
 

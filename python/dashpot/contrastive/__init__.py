@@ -8,15 +8,16 @@ Shapes: B queries, N keys, D coordinates.
 """
 
 from dashpot.contrastive.core_tuning_loss import CORE_TUNING_LOSS, CoreTuningLoss, core_tuning_loss
+from dashpot.contrastive.ema_update_ import EMA_UPDATE, ema_update_
 from dashpot.contrastive.focal_supcon_loss import FOCAL_SUPCON_LOSS, focal_supcon_loss
 from dashpot.contrastive.hard_pair_indices import HARD_PAIR_INDICES, hard_pair_indices
 from dashpot.contrastive.hard_pair_mixup import HARD_PAIR_MIXUP, hard_pair_mixup
 from dashpot.contrastive.info_nce import INFO_NCE, info_nce, ring_info_nce
 from dashpot.contrastive.info_nce_queue import INFO_NCE_QUEUE, info_nce_queue
-from dashpot.contrastive.koleo_loss import KOLEO_LOSS, koleo_loss
+from dashpot.contrastive.koleo_loss import KOLEO_LOSS, koleo_loss, ring_koleo_loss
 from dashpot.contrastive.metric_learning import SupConLoss
 from dashpot.contrastive.modules import InfoNCE, KoLeo, NTXent, RegularizedInfoNCE
-from dashpot.contrastive.momentum import EMA, ParticipantPairSampler, ema_update_
+from dashpot.contrastive.momentum import EMA, ParticipantPairSampler
 from dashpot.contrastive.nt_xent import NT_XENT, nt_xent, ring_nt_xent
 from dashpot.contrastive.open_clip import ClipLoss
 from dashpot.contrastive.opis import OPIS, OpisCurves, opis
@@ -54,6 +55,7 @@ __all__ = [
     "opis",
     "regularized_info_nce",
     "ring_info_nce",
+    "ring_koleo_loss",
     "ring_nt_xent",
     "supcon_loss",
     "tcm_loss",
@@ -61,5 +63,5 @@ __all__ = [
 
 OPS = (
     INFO_NCE, NT_XENT, KOLEO_LOSS, REGULARIZED_INFO_NCE, HARD_PAIR_INDICES, HARD_PAIR_MIXUP,
-    FOCAL_SUPCON_LOSS, SUPCON_LOSS, CORE_TUNING_LOSS, TCM_LOSS, OPIS, INFO_NCE_QUEUE,
+    FOCAL_SUPCON_LOSS, SUPCON_LOSS, CORE_TUNING_LOSS, TCM_LOSS, OPIS, INFO_NCE_QUEUE, EMA_UPDATE,
 )  # fmt: skip

@@ -1,8 +1,9 @@
 """The losses over the ranks of a `torch.distributed` group.
 
 Two forms. Gathered: every rank holds the keys of all ranks, (B_all, D). Ring (`ring_info_nce`,
-`ring_nt_xent`): keys travel from rank to rank, each rank holds one block of them at a time, (B, D),
-and merges its rows' log-sums: memory does not grow with the number of ranks.
+`ring_nt_xent`, `ring_koleo_loss`): keys travel from rank to rank, each rank holds one block of them
+at a time, (B, D), and merges its rows' log-sums or neighbours: memory does not grow with the number
+of ranks.
 
 In both a rank's loss is that of its own rows, and the gradient that arrives at a rank's rows is
 the sum over all ranks' losses: with gradients averaged over the ranks, as DDP does, that is the
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dashpot.contrastive._pairs import wide
 from dashpot.contrastive.info_nce import INFO_NCE
+from dashpot.contrastive.koleo_loss import KOLEO_LOSS, gap_loss, gap_pull
 from dashpot.contrastive.nt_xent import NT_XENT
 
 
@@ -205,3 +207,73 @@ def ring_views(z1, z2, ids, temperature, within_view, mask_cross_view, group) ->
     views = torch.stack([wide(z1), wide(z2)])  # (2, B, D)
     return _Ring.apply(views, views, None, ids, _NtXentBlock(temperature, within_view,
                        mask_cross_view), group)  # fmt: skip
+
+
+def ring_size(rows: Tensor, group) -> int:
+    """Rows of all ranks together, as many on each."""
+    _check_equal(rows, group)
+    return rows.shape[0] * dist.get_world_size(group)
+
+
+class _RingNeighbours(torch.autograd.Function):
+    """KoLeo losses (B,) of rows u (B, D) with their K nearest among the rows of all ranks."""
+
+    @staticmethod
+    def forward(ctx, u: Tensor, topk: int, eps: float, group):
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        b, here = u.shape[0], u
+        cosine, at, near = u.new_empty((b, 0)), None, u[:, None, :][:, :0]  # (b, <= K, ...) so far
+        for step in range(ranks):
+            owner = (rank - step) % ranks
+            k = min(topk, b - (owner == rank))
+            if k > 0:
+                offset = 0 if owner == rank else b  # where u's own rows are among these keys
+                found = KOLEO_LOSS.forward_op(u, here, offset, k, eps, False)[1]  # (b, k)
+                rows = here[found]  # (b, k, D)
+                found = found + owner * b
+                at = found if at is None else torch.cat([at, found], 1)
+                near = torch.cat([near, rows], 1)
+                cosine = torch.cat([cosine, (u[:, None, :] * rows).sum(2)], 1)
+                order = at.argsort(dim=1)  # the lowest place first among equals
+                first = cosine.gather(1, order).argsort(dim=1, descending=True, stable=True)
+                order = order.gather(1, first)[:, :topk]
+                cosine, at = cosine.gather(1, order), at.gather(1, order)
+                near = near.gather(1, order[:, :, None].expand(-1, -1, u.shape[1]))
+            if step + 1 < ranks:
+                here = _pass_on(here, group)
+        ctx.call = eps, group
+        if at is None:  # no other row
+            ctx.save_for_backward(u)
+            return u.sum(1) * 0
+        gap = u[:, None, :] - near + eps
+        ctx.save_for_backward(u, at, gap)
+        return gap_loss(gap, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        eps, group = ctx.call
+        u, *found = ctx.saved_tensors
+        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        b, mine = u.shape[0], torch.zeros_like(u)
+        there = torch.zeros_like(u)  # what comes to the rows of one rank: travels, and comes home
+        if found:
+            at, gap = found
+            pull = gap_pull(grad, gap, eps)
+            mine = pull.sum(1)
+        for step in range(ranks):
+            owner = (rank - step) % ranks
+            if found:
+                low = owner * b
+                inside = (at >= low) & (at < low + b)
+                share = torch.where(inside[:, :, None], -pull, 0).flatten(0, 1)
+                place = torch.where(inside, at - low, 0).reshape(-1)
+                # index_put adds in the order of the indices, sorted: without atomics on CUDA.
+                there = there.index_put((place,), share, accumulate=True)
+            there = _pass_on(there, group)
+        return mine + there, None, None, None
+
+
+def ring_neighbours(u: Tensor, topk: int, eps: float, group) -> Tensor:
+    """KoLeo losses (B,) of the local rows u, which `ring_size` has found to be equally many."""
+    return _RingNeighbours.apply(u.contiguous(), topk, eps, group)

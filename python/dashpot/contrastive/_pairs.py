@@ -76,6 +76,19 @@ def check_integers(value, name: str, count: int, device: torch.device) -> Tensor
     return value.long().contiguous()
 
 
+def check_labelled(rows, labels, ref, ref_labels, name: str) -> tuple[Tensor, Tensor | None]:
+    """Rows `embeddings` (B, D) and labels (B,), and references called `name` (N, D) with labels
+    (N,) or neither: both labels as int64."""
+    check_rows(rows, "embeddings")
+    labels = check_integers(labels, "labels", rows.shape[0], rows.device)
+    if (ref is None) != (ref_labels is None):
+        raise ValueError(f"ref_labels: expected together with {name}, got one of them")
+    if ref is None:
+        return labels, None
+    check_rows(ref, name, rows)
+    return labels, check_integers(ref_labels, "ref_labels", ref.shape[0], rows.device)
+
+
 def check_number(value, name: str, *, least: float = 0.0, strict: bool = True) -> float:
     """A finite number above `least` (with strict=False: or equal)."""
     if not isinstance(value, int | float) or isinstance(value, bool):

@@ -42,19 +42,27 @@ def repulsion(u: Tensor, v: Tensor, nearest: Tensor, eps: float) -> Tensor:
     """-(1/K) sum_k log(|u_i - v_n_k(i) + eps| + eps) per row, (B,); 0 without another row."""
     if v.shape[0] <= 1:
         return u.sum(1) * 0
-    gap = u[:, None, :] - v[nearest] + eps  # (B, K, D)
+    return gap_loss(u[:, None, :] - v[nearest] + eps, eps)
+
+
+def gap_loss(gap: Tensor, eps: float) -> Tensor:
+    """-(1/K) sum_k log(d + eps), d = |gap|; gap (B, K, D)."""
     return -torch.log(torch.linalg.vector_norm(gap, dim=2) + eps).mean(1)
+
+
+def gap_pull(grad: Tensor, gap: Tensor, eps: float) -> Tensor:
+    """w_ik = -g_i gap / (K d (d + eps)), (B, K, D)."""
+    d = torch.linalg.vector_norm(gap, dim=2, keepdim=True)  # (B, K, 1)
+    return -grad[:, None, None] * gap / (gap.shape[1] * d * (d + eps))
 
 
 def repulsion_backward(
     grad: Tensor, u: Tensor, v: Tensor, nearest: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """w_ik = -g_i delta / (K d (d + eps)), delta = u_i - v_n + eps, d = |delta|: (du, dv)."""
+    """du_i = sum_k w_ik, dv_n -= w_ik for each n = n_k(i): (du, dv)."""
     if v.shape[0] <= 1:
         return torch.zeros_like(u), torch.zeros_like(v)
-    gap = u[:, None, :] - v[nearest] + eps  # (B, K, D)
-    d = torch.linalg.vector_norm(gap, dim=2, keepdim=True)  # (B, K, 1)
-    pull = -grad[:, None, None] * gap / (nearest.shape[1] * d * (d + eps))
+    pull = gap_pull(grad, u[:, None, :] - v[nearest] + eps, eps)  # (B, K, D)
     # index_put adds in the order of the indices, sorted: without atomics on CUDA.
     at = (nearest.reshape(-1),)
     grad_v = torch.zeros_like(v).index_put(at, -pull.flatten(0, 1), accumulate=True)
@@ -153,19 +161,63 @@ def koleo_loss(
 
     Source: Sablayrolles et al., arXiv 1806.03198, as in DINOv2.
     """
+    z, eps = _checked(z, topk, eps, normalize, reduction)
+    keys, offset = None, 0
+    if group is not None:
+        from dashpot.contrastive._distributed import gathered
+
+        keys, offset = gathered(z, group)
+    _check_topk(topk, (z if keys is None else keys).shape[0])
+    return reduced(KOLEO_LOSS(z, keys, offset, topk, eps, normalize), reduction)
+
+
+@public
+def ring_koleo_loss(
+    z: Tensor,
+    *,
+    group,
+    topk: int = 1,
+    eps: float = 1e-8,
+    normalize: bool = True,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+) -> Tensor:
+    r"""`koleo_loss` with `group` whose rows travel round a ring of ranks instead of being gathered.
+
+    A rank holds one block of other rows at a time, and the K nearest of each of its own so far: its
+    memory does not grow with the number of ranks. Gradients travel home the same way.
+
+    Args:
+        z: (B, D) the rank's rows; B is the same on every rank.
+        group: a `torch.distributed` process group; None is the default one.
+        topk: K, from 1 to the number of all ranks' rows less one.
+        eps: as in `koleo_loss`.
+        normalize: as in `koleo_loss`.
+        reduction: "mean", "sum" or "none", over the local rows.
+
+    Returns:
+        () or (B,), as `koleo_loss` with `group`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    from dashpot.contrastive._distributed import ring_neighbours, ring_size
+
+    z, eps = _checked(z, topk, eps, normalize, reduction)
+    _check_topk(topk, ring_size(z, group))
+    u = unit_rows(z, eps) if normalize else wide(z)
+    return reduced(ring_neighbours(u, topk, eps, group), reduction)
+
+
+def _checked(z, topk, eps, normalize, reduction) -> tuple[Tensor, float]:
     check_rows(z, "z")
     eps = check_number(eps, "eps")
     check_bool("normalize", normalize)
     check_choice("reduction", reduction, REDUCTIONS)
     if not isinstance(topk, int) or isinstance(topk, bool):
         raise TypeError(f"topk: expected an int, got {type(topk).__name__}")
-    z = z.contiguous()
-    keys, offset = None, 0
-    if group is not None:
-        from dashpot.contrastive._distributed import gathered
+    return z.contiguous(), eps
 
-        keys, offset = gathered(z, group)
-    count = (z if keys is None else keys).shape[0]
+
+def _check_topk(topk: int, count: int) -> None:
     if not 1 <= topk <= max(1, count - 1):
         raise ValueError(f"topk: expected 1 <= topk <= B - 1 = {count - 1}, got {topk}")
-    return reduced(KOLEO_LOSS(z, keys, offset, topk, eps, normalize), reduction)

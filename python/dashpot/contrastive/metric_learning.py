@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dashpot.contrastive._pairs import check_integers, check_number, check_rows
+from dashpot.contrastive._pairs import check_labelled, check_number
 from dashpot.contrastive.info_nce import info_nce
 from dashpot.contrastive.nt_xent import nt_xent
 from dashpot.contrastive.supcon_loss import supcon_loss
@@ -46,17 +46,9 @@ class _PairLoss(nn.Module):
         ref_emb: Tensor | None = None, ref_labels: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """embeddings (B, D), labels (B,), ref_emb (N, D), ref_labels (N,) -> loss ()"""
-        check_rows(embeddings, "embeddings")
         if indices_tuple is not None:
             raise ValueError(f"indices_tuple: expected None, got {type(indices_tuple).__name__}")
-        labels = check_integers(labels, "labels", embeddings.shape[0], embeddings.device)
-        if (ref_emb is None) != (ref_labels is None):
-            raise ValueError("ref_labels: expected together with ref_emb, got one of them")
-        if ref_emb is not None:
-            check_rows(ref_emb, "ref_emb", embeddings)
-            ref_labels = check_integers(
-                ref_labels, "ref_labels", ref_emb.shape[0], embeddings.device
-            )
+        labels, ref_labels = check_labelled(embeddings, labels, ref_emb, ref_labels, "ref_emb")
         return self._loss(embeddings, labels, ref_emb, ref_labels)
 
     def extra_repr(self) -> str:

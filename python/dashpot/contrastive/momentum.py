@@ -1,122 +1,15 @@
-"""The momentum encoder and its batches: `ema_update_`, `EMA`, `ParticipantPairSampler`."""
+"""The momentum encoder and its batches: `EMA`, `ParticipantPairSampler`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from dashpot.contrastive._pairs import INTEGERS
-
-_WIDE = (torch.float32, torch.float64)
-_CHUNK = 1 << 16  # numbers that are converted at a time: they stay in the second-level cache
-
-
-def ema_update_(
-    targets: Sequence[Tensor],
-    onlines: Sequence[Tensor],
-    momentum: float | Tensor = 0.99,
-    *,
-    step: int | None = None,
-    warmup: int | None = None,
-) -> None:
-    r"""Exponential moving average in place, :math:`\xi \leftarrow \xi + (1 - m)(\theta - \xi)`.
-
-    Averages of 16-bit parameters are kept in float32: in 16 bits a step of 1 percent rounds to
-    nothing. Tensors of equal dtypes go to `torch._foreach_lerp_`; 16-bit ones are converted a block
-    at a time.
-
-    Args:
-        targets: tensors (...), the averages; float32 or float64, or integers, which are copied. A
-            tensor that comes twice (tied parameters) is updated once.
-        onlines: tensors (...), the new values, of the same shapes; any floating dtype.
-        momentum: m in [0, 1] (0.99: the preset), or a tensor () or (1,) that the host
-            does not read.
-        step: with `warmup`, how many updates there have been: m is then at most
-            (1 + step) / (warmup + step).
-        warmup: see `step`; > 0.
-
-    Returns:
-        None.
-
-    Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; a target that
-            shares memory with its online tensor is an error.
-
-    No gradient flows.
-    """
-    pairs = _checked_pairs(targets, onlines)
-    if isinstance(momentum, Tensor):
-        if momentum.numel() != 1:
-            raise ValueError(f"momentum: expected one number, got {tuple(momentum.shape)}")
-        weight = 1 - momentum.detach().double().reshape(())
-    else:
-        if not isinstance(momentum, int | float) or isinstance(momentum, bool):
-            raise TypeError(f"momentum: expected a float, got {type(momentum).__name__}")
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum: expected a number from 0 to 1, got {momentum}")
-        weight = 1 - float(momentum)
-    if (step is None) != (warmup is None):
-        raise ValueError("step: expected together with warmup, got one of them")
-    if step is not None:
-        if step < 0 or warmup <= 0:
-            raise ValueError(f"step: expected step >= 0 and warmup > 0, got {step} and {warmup}")
-        early = 1 - (1 + step) / (warmup + step)
-        weight = weight.clamp_min(early) if isinstance(weight, Tensor) else max(weight, early)
-    with torch.no_grad():
-        _update(pairs, weight)
-
-
-def _checked_pairs(targets, onlines) -> list[tuple[Tensor, Tensor]]:
-    for name, tensors in (("targets", targets), ("onlines", onlines)):
-        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
-            raise TypeError(f"{name}: expected a list of tensors, got {type(tensors).__name__}")
-    if len(targets) != len(onlines):
-        raise ValueError(f"onlines: expected {len(targets)} tensors, got {len(onlines)}")
-    pairs, seen = [], set()
-    for i, (target, online) in enumerate(zip(targets, onlines, strict=True)):
-        for name, tensor in (("targets", target), ("onlines", online)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}[{i}]: expected a tensor, got {type(tensor).__name__}")
-        if target.shape != online.shape or target.device != online.device:
-            raise ValueError(
-                f"onlines[{i}]: expected {tuple(target.shape)} on {target.device}, "
-                f"got {tuple(online.shape)} on {online.device}"
-            )
-        floating = target.is_floating_point()
-        if floating != online.is_floating_point() or (floating and target.dtype not in _WIDE):
-            raise TypeError(
-                f"targets[{i}]: expected float32, float64 or integers as the online tensor, "
-                f"got {target.dtype} for {online.dtype}"
-            )
-        target, online = (getattr(t, "to_local", lambda t=t: t)() for t in (target, online))
-        if target.numel() and target.data_ptr() == online.data_ptr():
-            raise ValueError(f"targets[{i}]: expected memory of its own, got its online tensor's")
-        if id(targets[i]) not in seen:
-            seen.add(id(targets[i]))
-            pairs.append((target, online))
-    return pairs
-
-
-def _update(pairs: list[tuple[Tensor, Tensor]], weight: float | Tensor) -> None:
-    equal = []
-    for target, online in pairs:
-        if not target.is_floating_point():
-            target.copy_(online)
-        elif target.dtype == online.dtype and not isinstance(weight, Tensor):
-            equal.append((target, online))
-        elif isinstance(weight, Tensor):
-            target.lerp_(online.to(target.dtype), weight.to(target))
-        elif target.is_contiguous() and online.is_contiguous():
-            blocks = target.view(-1).split(_CHUNK), online.view(-1).split(_CHUNK)
-            for block, new in zip(*blocks, strict=True):
-                block.lerp_(new.to(block.dtype), weight)
-        else:
-            target.lerp_(online.to(target.dtype), weight)
-    if equal:
-        torch._foreach_lerp_([t for t, _ in equal], [o for _, o in equal], weight)
+from dashpot.contrastive.ema_update_ import _WIDE, ema_update_
 
 
 class EMA(nn.Module):

@@ -15,9 +15,8 @@ from dashpot.contrastive._grouped import grouped_rows
 from dashpot.contrastive._pairs import (
     bytes_of,
     check_bool,
-    check_integers,
+    check_labelled,
     check_number,
-    check_rows,
     project,
     unit_rows,
     wide,
@@ -195,15 +194,10 @@ def tcm_loss(
     Source: Threshold-Consistent Margin Loss for Open-World Deep Metric Learning,
     arXiv 2307.04047.
     """
-    check_rows(embeddings, "embeddings")
-    labels = check_integers(labels, "labels", embeddings.shape[0], embeddings.device)
-    if (ref_embeddings is None) != (ref_labels is None):
-        raise ValueError("ref_labels: expected together with ref_embeddings, or neither")
+    labels, ref_labels = check_labelled(
+        embeddings, labels, ref_embeddings, ref_labels, "ref_embeddings"
+    )
     if ref_embeddings is not None:
-        check_rows(ref_embeddings, "ref_embeddings", embeddings)
-        ref_labels = check_integers(
-            ref_labels, "ref_labels", ref_embeddings.shape[0], embeddings.device
-        )
         ref_embeddings = ref_embeddings.contiguous()
     options = (
         _any_number(margin_pos, "margin_pos"),
