@@ -158,7 +158,7 @@ struct Terms {
   }
 };
 
-// As many as the compiler is told, so that they stay in registers: a third of the time of bfloat16.
+// As many as the compiler is told, so that they stay in registers.
 template <class T, int kCount>
 struct FewTerms {
   const T* row[kCount];
@@ -195,24 +195,54 @@ struct SumRows {
   // where conversions keep the loads of the next row waiting; float32 rows are slower with it.
   template <Isa isa, class Any>
   static DASHPOT_INLINE void stream(const Any& terms, const Terms<T>& next, int64_t d, T* y) {
-    constexpr int64_t kStep = kLanes<W, isa>, kElements = kLine / sizeof(T);
-    typedef char Part __attribute__((vector_size(kStep * sizeof(T))));
+    constexpr int64_t kElements = kLine / sizeof(T);
+    constexpr int64_t kStep = kLanes<W, isa> * (std::is_same_v<T, BFloat16> ? 2 : 1);
     for (int64_t c = 0; c < d; c += kElements) {
       for (int64_t j = 0; kIsSixteen<T> && j < next.count; ++j) {
         __builtin_prefetch(next.row[j] + c);
       }
       for (int64_t i = c; i < c + kElements; i += kStep) {
-        Vec<W, isa> total{};
-        for (int64_t j = 0; j < terms.count; ++j) {
-          total += load_as<W, isa>(terms.row[j] + i) * terms.weight[j];
+        if constexpr (std::is_same_v<T, BFloat16>) {
+          stream_store(y + i, pairs<isa>(terms, i));
+        } else {
+          Vec<W, isa> total{};
+          for (int64_t j = 0; j < terms.count; ++j) {
+            total += load_as<W, isa>(terms.row[j] + i) * terms.weight[j];
+          }
+          T stored[kStep];
+          store_part<isa>(stored, total, kStep);
+          typedef char Part __attribute__((vector_size(sizeof stored)));
+          Part part;
+          __builtin_memcpy(&part, stored, sizeof part);
+          stream_store(y + i, part);
         }
-        T stored[kStep];
-        store_part<isa>(stored, total, kStep);
-        Part part;
-        __builtin_memcpy(&part, stored, sizeof part);
-        stream_store(y + i, part);
       }
     }
+  }
+
+  // Sums of bfloat16, two in a word as they lie: what row() gives, with half of the conversions,
+  // which take as long as the memory does.
+  template <Isa isa, class Any>
+  static DASHPOT_INLINE Vec<uint32_t, isa> pairs(const Any& terms, int64_t c) {
+    using Words = Vec<uint32_t, isa>;
+    using Floats = Vec<float, isa>;
+    Floats low{}, high{};
+    for (int64_t j = 0; j < terms.count; ++j) {
+      Words two;
+      __builtin_memcpy(&two, terms.row[j] + c, sizeof two);
+      low += reinterpret_cast<Floats>(two << 16) * terms.weight[j];
+      high += reinterpret_cast<Floats>(two & 0xffff0000u) * terms.weight[j];
+    }
+    return (upper<isa>(low) >> 16) | (upper<isa>(high) & 0xffff0000u);
+  }
+
+  // Rounded to bfloat16 in the upper half of each word.
+  template <Isa isa>
+  static DASHPOT_INLINE Vec<uint32_t, isa> upper(Vec<float, isa> value) {
+    using Words = Vec<uint32_t, isa>;
+    const Words bits = reinterpret_cast<Words>(value);
+    const Words near = bits + 0x7fffu + ((bits >> 16) & 1u);
+    return value == value ? near : bits | 0x00400000u;
   }
 #endif
 
