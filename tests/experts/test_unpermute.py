@@ -57,6 +57,19 @@ def test_no_choice_kept_is_zero(backend):
     assert torch.equal(y, torch.zeros_like(y))
 
 
+def test_capacity_zero_keeps_nothing(backend, spec_ids):
+    """Both ops give zeros, and so do their gradients."""
+    device = backend.device
+    plan = plan_on(device, spec_ids, capacity=0)
+    x, h = (torch.randn(n, 5, device=device).requires_grad_() for n in (6, 12))
+    weights = torch.rand(6, 2, device=device).requires_grad_()
+    with dashpot.backend(backend.and_others):
+        xp, y = dashpot.permute(x, plan), dashpot.unpermute(h, plan, weights)
+        grads = torch.autograd.grad([xp, y], [x, h, weights], [h.detach(), x.detach()])
+    assert xp.shape == (12, 5) and y.shape == (6, 5)
+    assert not any(tensor.any() for tensor in (xp, y, *grads))
+
+
 @pytest.mark.backends("native")
 def test_offsets_beyond_32_bits(backend, lazy):
     slots, d = (1 << 15) + 2, 1 << 16
