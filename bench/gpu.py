@@ -193,9 +193,8 @@ def run_together(steps: Sequence[Step], seconds: float, log: BinaryIO) -> list[d
         ]
         try:
             return [future.result() for future in futures]
-        except BaseException:  # Ctrl-C: nothing is left running
-            stop.set()
-            raise
+        finally:
+            stop.set()  # after Ctrl-C nothing is left running
 
 
 def _entry(step: Step, outcome: str, returncode: int | None, seconds: float, tail: str) -> dict:
