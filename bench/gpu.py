@@ -2,9 +2,12 @@
 
     python3 bench/gpu.py FOLDER        or        make gpu OUT=FOLDER
 
-Builds dashpot for this GPU with what is installed (no network), then runs its checks, its tests,
-compute-sanitizer over the CUDA kernels and the benchmarks. Each step is a process of its own with a
-time limit; the later steps run whatever became of the earlier ones. Into FOLDER go
+Builds dashpot for this GPU with what is installed (no network), then runs its checks, its tests
+(those of kernels on the GPU; the rest is the CI's), compute-sanitizer over the CUDA kernels, all
+these at the same time, and at last the benchmarks, alone. Each step is a process of its own with a
+time limit; the later steps run whatever became of the earlier ones. All of it is made to fit into
+ten minutes on 16 cores: what a limit cut is "timed out" in the closing table, with what it had
+found until then. Into FOLDER go
 
     gpu.json   machine, versions, every step's outcome, verdicts of `check`, rows of the benchmarks
     gpu.log    all output, as it came
@@ -22,6 +25,7 @@ import argparse
 import collections
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -34,6 +38,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -43,11 +48,14 @@ WORK = ROOT / "build" / "gpu"
 SITE = WORK / "site"  # where the package is installed: nothing of the system is changed
 CUDA = Path("/usr/local/cuda/bin")  # searched after PATH
 
-LIMIT = 540.0  # seconds for all steps
+LIMIT = 570.0  # seconds for all steps
 GRACE = 10.0  # from the interrupt, after which pytest still writes what it has, to the kill
 TAIL = 60  # lines of each step's output that are kept in the JSON
 
 DISPATCH = "bench/bench_dispatch.py"
+# Tests by name: kernels on the device, and the commands, which take the device that is there.
+ON_DEVICE = "(-cuda- and not reference-cuda) or test_cli or test_demo"
+TOGETHER = "correctness"
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,8 @@ class Step:
     """A command and its limit in seconds.
 
     needs: the step without which this one makes no sense. results: {key in the JSON: file that the
-    command writes}. environment: variables beside those of every step.
+    command writes}. environment: variables beside those of every step. group: neighbours of one
+    group run at the same time, all of them for the longest of their limits.
     """
 
     name: str
@@ -64,6 +73,7 @@ class Step:
     needs: str | None = "build"
     results: dict[str, Path] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
+    group: str | None = None
 
 
 def all_steps(native: bool) -> list[Step]:
@@ -72,23 +82,26 @@ def all_steps(native: bool) -> list[Step]:
     cmake_args = "-DDASHPOT_CUDA=ON" + " -DCMAKE_CUDA_ARCHITECTURES=native" * native
     install = [python, "-m", "pip", "install", "--verbose", "--no-index", "--no-deps", "--upgrade"]
     install += ["--no-build-isolation", f"--config-settings=build-dir={WORK / 'cmake'}"]
+    workers = max(1, min(10, (os.cpu_count() or 1) - 4))  # one core for each step beside the tests
     return [
-        Step("device", [python, __file__, "--describe", str(WORK / "device.json")], 30,
+        Step("device", [python, __file__, "--describe", str(WORK / "device.json")], 20,
              needs=None, results={"device": WORK / "device.json"}),
-        Step("build", [*install, "--target", str(SITE), str(ROOT)], 120,
+        Step("build", [*install, "--target", str(SITE), str(ROOT)], 130,
              needs=None, environment={"CMAKE_ARGS": cmake_args}),
-        Step("import", [python, "-c", _IMPORT, str(SITE)], 20),
-        Step("info", [python, "-m", "dashpot", "info"], 20),
-        Step("check", [python, "-m", "dashpot", "check", "--json", str(WORK / "check.json")], 60,
-             results={"check": WORK / "check.json"}),
-        Step("tests", [*pytest, "-n", "8", "--timeout", "100", "-m", "not emulator and not peers",
-                       "tests"], 110),
-        _sanitized("memcheck", 45),
-        _sanitized("racecheck", 45),
+        Step("import", [python, "-c", _IMPORT, str(SITE)], 15),
+        Step("info", [python, "-m", "dashpot", "info"], 15),
+        Step("check", [python, "-m", "dashpot", "check", "--quick",
+                       "--json", str(WORK / "check.json")], 170,
+             results={"check": WORK / "check.json"}, group=TOGETHER),
+        Step("tests", [*pytest, "-n", str(workers), "--timeout", "100", "-q",
+                       "-m", "not emulator and not peers", "-k", ON_DEVICE, "tests"], 170,
+             group=TOGETHER),
+        _sanitized("memcheck", 170),
+        _sanitized("racecheck", 170),
         Step("dispatch", [*pytest, DISPATCH, f"--benchmark-json={WORK / 'dispatch.json'}"], 20,
              results={"dispatch": WORK / "dispatch.json"}),
-        Step("bench", [*pytest, "bench", f"--ignore={DISPATCH}",
-                       f"--benchmark-json={WORK / 'bench.json'}"], 60,
+        Step("bench", [*pytest, "bench", "--quick", f"--ignore={DISPATCH}",
+                       f"--benchmark-json={WORK / 'bench.json'}"], 190,
              results={"bench": WORK / "bench.json"}),
     ]  # fmt: skip
 
@@ -123,15 +136,19 @@ def _sanitized(tool: str, seconds: float) -> Step:
         "cuda",
         "--quick",
     ]
-    return Step(tool, command, seconds, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Step(tool, command, seconds, environment=environment, group=TOGETHER)
 
 
 # --------------------------------------------------------------------------------------------
 # One step
 
 
-def run_step(step: Step, seconds: float, log: BinaryIO) -> dict:
-    """Run a step for at most `seconds`; its output goes to the log and to the terminal as it comes.
+def run_step(
+    step: Step, seconds: float, log: BinaryIO, prefix: str = "", stop: threading.Event | None = None
+) -> dict:
+    """Run a step for at most `seconds`, or until `stop` is set; its output goes to the log and to
+    the terminal as it comes, each line behind the prefix.
 
     Returns its entry for the JSON; `outcome` is "ok", "failed" or "timed out".
     """
@@ -146,13 +163,16 @@ def run_step(step: Step, seconds: float, log: BinaryIO) -> dict:
     except OSError as error:
         _say(f"{error}\n", log)
         return _entry(step, "failed", None, 0.0, str(error))
-    reader = threading.Thread(target=_copy, args=(process.stdout, log, tail), daemon=True)
+    reader = threading.Thread(
+        target=_copy, args=(process.stdout, log, tail, prefix.encode()), daemon=True
+    )
     reader.start()
+    stop = stop or threading.Event()
     outcome = None
     try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        outcome = "timed out"
+        while outcome is None and process.poll() is None:
+            if stop.wait(0.05) or time.monotonic() - start > seconds:
+                outcome = "timed out"
     finally:
         _stop(process)
     reader.join(GRACE)
@@ -160,6 +180,21 @@ def run_step(step: Step, seconds: float, log: BinaryIO) -> dict:
     outcome = outcome or ("ok" if process.returncode == 0 else "failed")
     text = b"".join(tail).decode(errors="replace")
     return _entry(step, outcome, process.returncode, elapsed, text)
+
+
+def run_together(steps: Sequence[Step], seconds: float, log: BinaryIO) -> list[dict]:
+    """Run steps at the same time; where there are several, lines bear their names."""
+    if len(steps) <= 1:
+        return [run_step(step, seconds, log) for step in steps]
+    stop = threading.Event()
+    with ThreadPoolExecutor(len(steps)) as pool:
+        futures = [
+            pool.submit(run_step, step, seconds, log, f"{step.name:<9} | ", stop) for step in steps
+        ]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            stop.set()  # after Ctrl-C nothing is left running
 
 
 def _entry(step: Step, outcome: str, returncode: int | None, seconds: float, tail: str) -> dict:
@@ -185,10 +220,10 @@ def _environment(step: Step) -> dict[str, str]:
     }
 
 
-def _copy(stream: BinaryIO, log: BinaryIO, tail: collections.deque[bytes]) -> None:
+def _copy(stream: BinaryIO, log: BinaryIO, tail: collections.deque[bytes], prefix: bytes) -> None:
     for line in stream:
         tail.append(line)
-        _write(line, log)
+        _write(prefix + line, log)
 
 
 def _say(text: str, log: BinaryIO) -> None:
@@ -200,11 +235,15 @@ def without_paths(text: str) -> str:
     return text.replace(sys.prefix, "PYTHON").replace(str(ROOT), ".")
 
 
+_WRITING = threading.Lock()
+
+
 def _write(text: bytes, log: BinaryIO) -> None:
     text = without_paths(text.decode(errors="replace")).encode()
-    for stream in (log, sys.stdout.buffer):
-        stream.write(text)
-        stream.flush()
+    with _WRITING:
+        for stream in (log, sys.stdout.buffer):
+            stream.write(text)
+            stream.flush()
 
 
 def _stop(process: subprocess.Popen) -> None:
@@ -222,6 +261,16 @@ def _stop(process: subprocess.Popen) -> None:
 # All steps
 
 
+def grouped(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps, those together that run at the same time."""
+    return [list(part) for _, part in itertools.groupby(steps, lambda one: one.group or one.name)]
+
+
+def longest(steps: Sequence[Step]) -> float:
+    """Seconds that these steps may take at the same time."""
+    return max(step.seconds for step in steps)
+
+
 def run_steps(steps: Sequence[Step], folder: Path, limit: float) -> dict:
     """Run the steps in order, within `limit` seconds together; write and return the report.
 
@@ -230,27 +279,31 @@ def run_steps(steps: Sequence[Step], folder: Path, limit: float) -> dict:
     """
     folder.mkdir(parents=True, exist_ok=True)
     WORK.mkdir(parents=True, exist_ok=True)
-    share = min(1.0, limit / sum(step.seconds for step in steps))
+    groups = grouped(steps)
+    share = min(1.0, limit / sum(longest(group) for group in groups))
     deadline = time.monotonic() + limit
     entries: dict[str, dict] = {}
     report: dict = {"started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "limit": limit}
     report["steps"] = []
     with (folder / "gpu.log").open("wb") as log:
-        for i, step in enumerate(steps):
-            later = share * sum(one.seconds for one in steps[i + 1 :])
+        for i, group in enumerate(groups):
+            later = share * sum(longest(one) for one in groups[i + 1 :])
             left = deadline - time.monotonic() - later
-            needed = entries.get(step.needs, {}).get("outcome", "ok")
-            for file in step.results.values():
-                file.unlink(missing_ok=True)  # an earlier run's
-            if needed != "ok":
-                entry = _entry(step, f"not run: {step.needs} failed", None, 0.0, "")
-            elif left <= 0:
-                entry = _entry(step, "not run: no time left", None, 0.0, "")
-            else:
-                entry = run_step(step, left, log)
-            _collect(step, entry, report)
-            entries[step.name] = entry
-            report["steps"].append(entry)
+            found, able = {}, []
+            for step in group:
+                for file in step.results.values():
+                    file.unlink(missing_ok=True)  # an earlier run's
+                if entries.get(step.needs, {}).get("outcome", "ok") != "ok":
+                    found[step.name] = _entry(step, f"not run: {step.needs} failed", None, 0.0, "")
+                elif left <= 0:
+                    found[step.name] = _entry(step, "not run: no time left", None, 0.0, "")
+                else:
+                    able.append(step)
+            found |= {entry["name"]: entry for entry in run_together(able, left, log)}
+            for step in group:
+                entries[step.name] = found[step.name]
+                _collect(step, found[step.name], report)
+                report["steps"].append(found[step.name])
             _save(report, folder)
         _say("\n" + table(report["steps"]), log)
     return report

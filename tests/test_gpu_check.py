@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib.util
 import json
 import re
@@ -146,6 +147,73 @@ def test_time_left_over_goes_to_the_later_steps(tmp_path):
     assert entries["long"]["outcome"] == "ok"
 
 
+def test_steps_of_a_group_run_at_the_same_time(tmp_path):
+    """Each waits for a file that the other writes; a failure of one is its own."""
+    files = [tmp_path / name for name in "ab"]
+    meet = (
+        "import pathlib, time\npathlib.Path({0!r}).touch()\n"
+        "while not pathlib.Path({1!r}).exists(): time.sleep(0.02)\nprint('met'); {2}"
+    )
+    steps = [
+        step("one", meet.format(*map(str, files), "raise SystemExit(4)"), group="g"),
+        step("two", meet.format(*map(str, files[::-1]), ""), group="g", needs="one"),
+        step("last", "", needs="two"),
+    ]
+    entries, _ = run(steps, tmp_path)
+    assert [entry["outcome"] for entry in entries.values()] == ["failed", "ok", "ok"]
+    assert entries["one"]["tail"] == entries["two"]["tail"] == "met\n"
+    log = (tmp_path / "out" / "gpu.log").read_text().splitlines()
+    assert {"one       | met", "two       | met"} <= set(log)
+
+
+def test_a_group_has_the_longest_limit_and_what_hangs_is_cut(tmp_path):
+    hang = "import time; print('on', flush=True); time.sleep(60)"
+    steps = [
+        step("hang", hang, 0.5, group="g"),
+        step("slow", "import time; time.sleep(2)", 4.0, group="g"),
+        step("after", "", 10.0),
+    ]
+    start = time.monotonic()
+    entries, _ = run(steps, tmp_path, 14.0)
+    assert [entry["outcome"] for entry in entries.values()] == ["timed out", "ok", "ok"]
+    assert entries["hang"]["tail"].startswith("on\n")
+    assert time.monotonic() - start < 30
+
+
+def test_an_interrupt_leaves_nothing_running(tmp_path, monkeypatch):
+    marks = [tmp_path / name for name in "ab"]
+    code = "import time; time.sleep(4); open({0!r}, 'w')"
+    steps = [step(mark.name, code.format(str(mark)), group="g") for mark in marks]
+
+    def interrupted(self, timeout=None):
+        time.sleep(0.5)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(concurrent.futures.Future, "result", interrupted)
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_steps(steps, tmp_path / "out", 60.0)
+    time.sleep(max(0.0, start + 5 - time.monotonic()))
+    assert not any(mark.exists() for mark in marks)
+
+
+def test_the_tests_that_run_are_those_on_the_device():
+    """As names are made in tests/conftest.py; here there may be no GPU to collect them for."""
+    names = {
+        "test_every_op.py::test_forward[gram-cuda-cuda-float32-3x17]": True,
+        "test_every_op.py::test_forward[gram-triton-cuda-bfloat16-3x17]": True,
+        "test_every_op.py::test_forward[gram-reference-cuda-float32-3x17]": False,
+        "test_every_op.py::test_forward[gram-cpp-cpu-float32-3x17]": False,
+        "test_every_op.py::test_forward[gram-emulator-cpu-float32-3x17]": False,
+        "test_cli.py::test_info": True,
+        "test_cuda_compile.py::test_resources[experts/dispatch_plan.cu-90]": False,
+    }
+    found = re.sub(r"[\w-]+", lambda word: word[0] if word[0] in ("and", "or", "not")
+                   else f"({word[0]!r} in name)", gpu.ON_DEVICE)  # fmt: skip
+    for name, runs in names.items():
+        assert eval(found, {"name": name}) == runs, name
+
+
 def test_results_are_taken_into_the_report(tmp_path):
     facts, rows, torn = (tmp_path / name for name in ("facts.json", "rows.json", "torn.json"))
     torn.write_text("[1]")  # of an earlier run: must not be taken for this one's
@@ -201,7 +269,12 @@ def test_bad_arguments_are_named(arguments, message, tmp_path, capsys):
 
 def test_the_real_steps_fit_their_limit_and_name_what_is_there():
     steps = gpu.all_steps(native=True)
-    assert sum(one.seconds for one in steps) + gpu.GRACE <= gpu.LIMIT
+    groups = gpu.grouped(steps)
+    assert sum(map(gpu.longest, groups)) + gpu.GRACE <= gpu.LIMIT
+    assert gpu.LIMIT + 2 * gpu.GRACE < 600  # one call of ten minutes
+    (together,) = [group for group in groups if len(group) > 1]
+    assert {one.name for one in together} == {"check", "tests", "memcheck", "racecheck"}
+    assert [one.name for one in steps[-2:]] == ["dispatch", "bench"]  # timed, so alone
     names = [one.name for one in steps]
     assert len(set(names)) == len(names)
     assert all(one.needs in (None, *names[:i]) for i, one in enumerate(steps))

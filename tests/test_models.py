@@ -113,3 +113,18 @@ def test_solves_reach_pots_value(monkeypatch, tmp_path, capsys):
         assert found[title, "dashpot, value"] >= found[title, "POT, value"]
         assert found[title, "steps"] <= 500
     assert "| 64 x 64, k = 8 |" in capsys.readouterr().out
+
+
+def test_stochastic_experts_beside_switch(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    module = importlib.import_module("bench.models.stochastic_experts")
+    file = tmp_path / "results.json"
+    module.main(["--seeds", "2", "--steps", "2", "--json", str(file)])
+    rows = [entry["extra_info"] for entry in json.loads(file.read_text())["benchmarks"]]
+    assert {row["line"] for row in rows} == set(module.CONTENDERS)
+    found = {(row["line"], row["column"]): row for row in rows}
+    accuracy = found["stochastic", "test accuracy, %"]
+    assert 0 < accuracy["value"] < 100 and accuracy["error"] >= 0 and "±" in accuracy["cell"]
+    assert found["switch", "accuracy minus Switch's"]["value"] == 0
+    assert all(row["section"] == ["seeds=2", "steps=2"] for row in rows)
+    assert "### stochastic_experts seeds=2 steps=2" in capsys.readouterr().out

@@ -66,19 +66,22 @@ def masked(logits1, logits2, target, alpha, label_smoothing, ignore_index, reduc
     return (nll + alpha * symmetric) / keep.sum()
 
 
-def liger(logits1, logits2, target, *options):
+def liger(logits1, logits2, target, alpha, label_smoothing, ignore_index, *_):
     """A yardstick, forward and backward: its cross entropies, which write gradients over their
-    input, and its KL divergence both ways, which forms no gradient of the target."""
+    input, and its KL divergence both ways, of ignored rows too, without the target's gradient."""
     loss = peers.load("liger_kernel.transformers.functional")
-    keep = (target != options[2]).nonzero()[:, 0]
     with torch.enable_grad():
-        z1, z2 = logits1[keep], logits2[keep]
-        log_p, log_q = z1.log_softmax(-1), z2.log_softmax(-1)
-        forth = loss.liger_kl_div(log_q, log_p.exp().detach(), reduction="batchmean")
-        back = loss.liger_kl_div(log_p, log_q.exp().detach(), reduction="batchmean")
-        ce = sum(loss.liger_cross_entropy(z.clone(), target[keep]) for z in (z1, z2))
-        total = ce + options[0] / 2 * (forth + back)
-        return torch.autograd.grad(total, (logits1, logits2))
+        log_p, log_q = (z.log_softmax(-1) for z in (logits1, logits2))
+        pairs = ((log_q, log_p), (log_p, log_q))
+        symmetric = sum(
+            loss.liger_kl_div(one, other.detach(), reduction="batchmean", log_target=True)
+            for one, other in pairs
+        )
+        nll = sum(
+            loss.liger_cross_entropy(z.clone(), target, ignore_index=ignore_index)
+            for z in (logits1, logits2)
+        )
+        return torch.autograd.grad(nll + alpha / 2 * symmetric, (logits1, logits2))
 
 
 def has_liger(size, dtype, device, options):

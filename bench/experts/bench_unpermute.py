@@ -27,7 +27,16 @@ def gather_and_sum(h, order, rank, weights):
     return rows.sum(1) if weights is None else (rows * weights[..., None]).sum(1)
 
 
-PEERS = {"index_add": Peer(index_add), "h[rank].sum": Peer(gather_and_sum)}
+def copy(h, order, rank, weights):
+    """A yardstick: as many bytes as the op moves, straight, into new memory."""
+    return h[: (len(h) + len(rank)) // 2].clone()
+
+
+PEERS = {
+    "index_add": Peer(index_add),
+    "h[rank].sum": Peer(gather_and_sum),
+    "a copy": Peer(copy, checked=False),
+}
 
 
 def test_unpermute(measure):

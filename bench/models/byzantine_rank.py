@@ -9,7 +9,6 @@ images after the last step; the JSON is read by `python -m bench.report`.
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable, Sequence
@@ -18,12 +17,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from dashpot import _demo
-from dashpot._info import environment
 from dashpot.distributed import RobustState, ddp_hook
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bench.report import tables
+from bench.models import _run
 
 RANKS, BATCH = 4, 16
 
@@ -86,11 +84,7 @@ def run(rank: int, folder: str, steps: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.models.byzantine_rank", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE")
+    parser = _run.parser("byzantine_rank", __doc__)
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
@@ -98,19 +92,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             run, (folder, options.steps), RANKS, start_method="fork"
         )
         accuracy = json.loads(Path(folder, "accuracy.json").read_text())
-    machine = {key: environment("cpu")[key] for key in ("device_name", "torch")}
     rows = [
-        {
-            "op": "byzantine_rank", "corner": "rule", "line": key.partition("|")[0],
-            "column": key.partition("|")[2], "value": value, "cell": f"{value:.3f}",
-            "options": {}, **machine,
-        }
+        _run.row("byzantine_rank", "rule", rule, attack, value, f"{value:.3f}")
         for key, value in accuracy.items()
-    ]  # fmt: skip
-    print(tables(rows), end="")
-    if options.json:
-        results = {"benchmarks": [{"extra_info": row} for row in rows]}
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+        for rule, _, attack in (key.partition("|"),)
+    ]
+    _run.publish(rows, options.json)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ the question is the time to the same or a better value. What is printed: the sem
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import io
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,13 +28,12 @@ import dashpot
 import numpy as np
 import torch
 from dashpot import _check
-from dashpot._info import environment
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from bench import peers
-from bench.report import tables
+from bench.models import _run
 
 COLORS, GAMMA, ROUNDS, STEPS = 256, 1.0, 3, 2000
 FITTED = 10_000  # pixels that k-means sees
@@ -121,7 +118,6 @@ def entries(all_k: Sequence[int]) -> tuple[list[dict], dict[int, Tensor]]:
     source, target = palette("china.jpg", COLORS), palette("flower.jpg", COLORS)
     cost = torch.cdist(source.colors, target.colors).square()  # (m, n)
     a, b = source.masses, target.masses
-    machine = {key: environment("cpu")[key] for key in ("device_name", "torch")}
     rows, pictures = [], {}
     for k in all_k:
         for name, solve in contenders().items():
@@ -136,12 +132,9 @@ def entries(all_k: Sequence[int]) -> tuple[list[dict], dict[int, Tensor]]:
                 "ms": (1e3 * seconds,) * 2,
             }
             for what, (number, cell) in shown.items():
-                rows.append({
-                    "op": "color_transfer", "shows": what, "corner": "contender", "k": k,
-                    "section": [f"shows={what}"], "line": name, "column": f"k = {k}",
-                    "value": number, "cell": cell if isinstance(cell, str) else f"{cell:.3g}",
-                    "options": {}, **machine,
-                })  # fmt: skip
+                cell = cell if isinstance(cell, str) else f"{cell:.3g}"
+                at = "color_transfer", "contender", name, f"k = {k}", number, cell
+                rows.append(_run.row(*at, {"shows": what}, k=k))
     return rows, pictures
 
 
@@ -168,20 +161,13 @@ def draw(pictures: dict[int, Tensor], file: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.models.color_transfer", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE")
+    parser = _run.parser("color_transfer", __doc__)
     parser.add_argument("--picture", metavar="FILE")
     parser.add_argument("--k", type=int, nargs="+", default=list(ALL_K))
     options = parser.parse_args(argv)
     with _check.threads(1):
         rows, pictures = entries(options.k)
-    print(tables(rows), end="")
-    if options.json:
-        results = {"benchmarks": [{"extra_info": row} for row in rows]}
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    _run.publish(rows, options.json)
     if options.picture:
         draw(pictures, options.picture)
 

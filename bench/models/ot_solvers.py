@@ -8,20 +8,16 @@ times are compared at the same or a better objective.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import dashpot
 import numpy as np
 import torch
 from dashpot import _check
-from dashpot._info import environment
 from torch import Tensor
 
+from bench.models import _run
 from bench.models.color_transfer import median_time, pot
-from bench.report import tables
 
 STEPS = (40, 60, 80, 100, 150, 200, 300, 400, 500, 1000)
 
@@ -53,7 +49,6 @@ def problems(small: bool) -> dict[str, tuple]:
 
 def entries(small: bool, threads: int) -> list[dict]:
     """Rows for bench.report."""
-    machine = {key: environment("cpu")[key] for key in ("device_name", "torch")}
     rows = []
     for title, (problem, k) in problems(small).items():
         seconds = {"POT": median_time(pot, *problem, k)}
@@ -72,21 +67,14 @@ def entries(small: bool, threads: int) -> list[dict]:
         shown["times faster"] = seconds["POT"] / seconds["dashpot"]
         shown |= {"steps": steps, "dashpot, value": value["dashpot"], "POT, value": value["POT"]}
         for column, number in shown.items():
-            rows.append({
-                "op": "ot_solvers", "threads": threads, "corner": "problem",
-                "section": [f"threads={threads}"], "line": title, "column": column,
-                "value": number, "options": {},
-                "cell": f"{number:.6f}" if "value" in column else f"{number:.3g}", **machine,
-            })  # fmt: skip
+            cell = f"{number:.6f}" if "value" in column else f"{number:.3g}"
+            at = "ot_solvers", "problem", title, column, number, cell
+            rows.append(_run.row(*at, {"threads": threads}))
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.models.ot_solvers", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE")
+    parser = _run.parser("ot_solvers", __doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--small", action="store_true", help="64 x 64 only")
     options = parser.parse_args(argv)
@@ -94,10 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for threads in options.threads:
         with _check.threads(threads):
             rows += entries(options.small, threads)
-    print(tables(rows), end="")
-    if options.json:
-        results = {"benchmarks": [{"extra_info": row} for row in rows]}
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    _run.publish(rows, options.json)
 
 
 if __name__ == "__main__":

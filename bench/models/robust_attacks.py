@@ -16,21 +16,17 @@ as in <!-- bench:robust_attacks rows=digits f=3 shows=error -->, and column=A,B 
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 
 import dashpot
 import torch
 from dashpot import _check, _demo, attacks
-from dashpot._info import environment
 from torch import Tensor, nn
 
-from bench.report import tables
+from bench.models import _run
 
 P, DRAWS, BATCH = 15, 9, 16
 NOISE_D = 20_000
@@ -172,14 +168,9 @@ def number(value: float) -> str:
 def entries(scene: str, f: int) -> list[dict]:
     """Rows for bench.report."""
     measured = measure(scene, f)
-    machine = {key: environment("cpu")[key] for key in ("device_name", "torch")}
     return [
-        {
-            "op": "robust_attacks", "rows": scene, "f": f, "shows": what, "corner": "rule",
-            "section": [f"rows={scene}", f"f={f}", f"shows={what}"], "line": rule,
-            "column": attack, "value": value if math.isfinite(value) else None,
-            "cell": number(value), "options": {}, **machine,
-        }
+        _run.row("robust_attacks", "rule", rule, attack, value, number(value),
+                 {"rows": scene, "f": f, "shows": what})
         for at, what in enumerate(("error", "cosine"))
         for (rule, attack), pair in measured.items()
         for value in (pair[at],)
@@ -187,11 +178,7 @@ def entries(scene: str, f: int) -> list[dict]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.models.robust_attacks", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE")
+    parser = _run.parser("robust_attacks", __doc__)
     parser.add_argument("--byzantine", type=int, nargs="+", default=[1, 2, 3], metavar="F")
     parser.add_argument("--rows", nargs="+", choices=SCENES, default=list(SCENES))
     options = parser.parse_args(argv)
@@ -199,10 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [
             row for scene in options.rows for f in options.byzantine for row in entries(scene, f)
         ]
-    print(tables(rows), end="")
-    if options.json:
-        results = {"benchmarks": [{"extra_info": row} for row in rows]}
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    _run.publish(rows, options.json)
 
 
 if __name__ == "__main__":

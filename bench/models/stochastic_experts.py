@@ -23,19 +23,15 @@ all experts and with one fixed expert at evaluation.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from dashpot import _check
-from dashpot._info import environment
 from dashpot.experts import (
     StochasticExperts,
     SwitchExperts,
@@ -46,7 +42,7 @@ from dashpot.experts import (
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from bench.report import tables
+from bench.models import _run
 
 CLASSES, ROWS, PIXELS = 10, 8, 8
 WIDTH, HIDDEN, LAYERS, HEADS = 32, 64, 2, 4
@@ -163,7 +159,6 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 def entries(results: dict[str, list[dict[str, float]]], steps: int) -> list[dict]:
     """Rows for bench.report: a line for each contender."""
-    machine = {key: environment("cpu")[key] for key in ("device_name", "torch")}
     seeds = len(results["switch"])
     rows = []
     for name, runs in results.items():
@@ -178,32 +173,22 @@ def entries(results: dict[str, list[dict[str, float]]], steps: int) -> list[dict
                 digits = 3 if key == "cross entropy" else 2
             else:
                 continue
-            rows.append(
-                {"op": "stochastic_experts", "seeds": seeds, "steps": steps, "corner": "experts",
-                 "section": [f"seeds={seeds}", f"steps={steps}"], "line": name, "column": column,
-                 "value": value, "error": error if seeds > 1 else None,
-                 "cell": f"{value:.{digits}f}" + f" ± {error:.{digits}f}" * (seeds > 1),
-                 "options": {}, **machine}
-            )  # fmt: skip
+            cell = f"{value:.{digits}f}" + f" ± {error:.{digits}f}" * (seeds > 1)
+            at = "stochastic_experts", "experts", name, column, value, cell
+            error = error if seeds > 1 else None
+            rows.append(_run.row(*at, {"seeds": seeds, "steps": steps}, error=error))
     return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.models.stochastic_experts", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = _run.parser("stochastic_experts", __doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", metavar="FILE")
     options = parser.parse_args(argv)
     with _check.threads(options.threads):
         rows = entries(run(options.seeds, options.steps), options.steps)
-    print(tables(rows), end="")
-    if options.json:
-        results = {"benchmarks": [{"extra_info": row} for row in rows]}
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    _run.publish(rows, options.json)
 
 
 if __name__ == "__main__":

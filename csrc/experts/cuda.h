@@ -31,6 +31,18 @@ struct DeviceRoute {
 void route_random_cuda(const DeviceRoute& route, int64_t rows, int32_t* ids, int device,
                        void* stream);
 
+// What route_balanced is asked for.
+struct DeviceBalance {
+  const int64_t *seed, *offset;
+  int64_t units, experts;
+};
+
+// Counters (int32) of scratch memory for so many units, beside an int64 for each unit.
+int64_t balanced_buckets(int64_t units);
+
+void route_balanced_cuda(const DeviceBalance& route, int32_t* counts, int64_t* pairs, int32_t* ids,
+                         int device, void* stream);
+
 // A plan to make on the device; tensors as in plan.h. capacity -1: none; by_choice: first choices
 // of all tokens come before second ones.
 struct CudaPlan {

@@ -8,6 +8,7 @@
 #include "common/bind.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
+#include "experts/cuda.h"
 #include "experts/draw.h"
 
 namespace dashpot::experts {
@@ -56,8 +57,27 @@ Tensor route_balanced_forward(const Tensor& seed, const Tensor& offset, int64_t 
   return ids;
 }
 
+#ifdef DASHPOT_CUDA
+Tensor route_balanced_forward_cuda(const Tensor& seed, const Tensor& offset, int64_t units,
+                                   int64_t experts) {
+  const Tensor ids = seed.new_empty({units}, Dtype::kInt32);
+  const Tensor pairs = seed.new_empty({units}, Dtype::kInt64);
+  const Tensor counts = seed.new_empty({balanced_buckets(units)}, Dtype::kInt32);
+  const Place place = place_of(seed);
+  route_balanced_cuda({seed.as<int64_t>(), offset.as<int64_t>(), units, experts},
+                      counts.as<int32_t>(), pairs.as<int64_t>(), ids.as<int32_t>(), place.device,
+                      place.stream);
+  return ids;
+}
+#endif
+
 }  // namespace
 
-DASHPOT_BIND(m) { m.def("route_balanced_forward", &route_balanced_forward); }
+DASHPOT_BIND(m) {
+  m.def("route_balanced_forward", &route_balanced_forward);
+#ifdef DASHPOT_CUDA
+  m.def("route_balanced_forward_cuda", &route_balanced_forward_cuda);
+#endif
+}
 
 }  // namespace dashpot::experts

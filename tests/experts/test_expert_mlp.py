@@ -67,6 +67,32 @@ def test_token_by_token(backend, spec_ids, activation, gated, weighted):
     )
 
 
+@pytest.mark.parametrize(("experts", "ids"), [
+    (4, [[2]] * 40),  # all tokens on one expert
+    (1, [[0]] * 7),
+    (3, [[1, 0, 2], [2, 1, 0], [0, 1, 2]]),  # k = E
+    (2, [[-1, -1], [0, -1], [7, 1]]),  # not routed, in part and at all
+    (3, [[-1]] * 5),
+])  # fmt: skip
+def test_one_sided(backend, experts, ids):
+    """Values and gradients; inputs and ids with gaps between their rows."""
+    device = backend.device
+    ids = torch.tensor(ids, dtype=torch.int32, device=device)
+    apart = torch.stack([ids, ids - 1], 2)[..., 0]
+    x = torch.randn(len(ids), 12, device=device)[:, ::2]
+    tensors = [tensor.requires_grad_() for tensor in (x, *layers(experts, device=device))]
+    weights = torch.rand(ids.shape, device=device)
+    assert not (x.is_contiguous() or apart.is_contiguous())
+    with dashpot.backend(backend.and_others):
+        got = dashpot.expert_mlp(x, apart, *tensors[1:], weights=weights)
+        grads = torch.autograd.grad(got.square().sum(), tensors)
+    want = by_token(x, ids, *tensors[1:], weights)
+    want = want + 0 * sum(tensor.sum() for tensor in tensors)  # of what no token reaches, zeros
+    wanted = torch.autograd.grad(want.square().sum(), tensors)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_one_choice_and_a_plan(backend):
     """Ids, a plan of them, a padded plan: the same function."""
     device = backend.device

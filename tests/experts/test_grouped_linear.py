@@ -73,6 +73,19 @@ def test_a_row_keeps_its_nan(backend):
     torch.testing.assert_close(got[rest], want[rest])
 
 
+@pytest.mark.backends("native")
+def test_offsets_beyond_32_bits(backend, lazy):
+    """Elements beyond 2^31: the last row is another expert's."""
+    rows, k = (1 << 15) + 2, 1 << 16
+    xp = lazy(rows, k, device=backend.device)
+    xp[-1, -1], xp[0, 0] = 5, 7
+    weight = torch.full((2, 1, k), 2.0, dtype=torch.bfloat16, device=backend.device)
+    weight[1] = 3
+    offsets = torch.tensor([rows - 1, rows], dtype=torch.int32, device=backend.device)
+    y = dashpot.grouped_linear(xp, weight, None, offsets)
+    assert y[0].item() == 14 and y[-1].item() == 15 and y.double().sum() == 29
+
+
 def test_against_torch_grouped_mm():
     xp, weight, _, offsets = problem([8, 24, 32], n=16, k=32, dtype=torch.bfloat16)
     want = functional.grouped_mm(xp, weight.mT, offs=offsets)

@@ -10,7 +10,7 @@ import torch
 @pytest.mark.parametrize("kwargs", [
     {"top_k": 1}, {"top_k": 2, "num_passes": 2}, {"top_k": 3, "replace": True, "align": 8},
     {"top_k": 2, "capacity": 300}, {"top_k": 4, "capacity": 200, "priority": "token"},
-    {"top_k": 12, "capacity": 100},
+    {"top_k": 2, "capacity": 0}, {"top_k": 12, "capacity": 100},
 ])  # fmt: skip
 def test_is_the_plan_of_the_routes(backend, kwargs):
     """Of the reference, whatever the backend; 12 choices are more than a kernel may draw again."""

@@ -12,11 +12,17 @@ def test_vector(backend):
     assert got.tolist() == [2, 1, 2, 2, 3, 0, 1, 3, 0, 0]
 
 
-@pytest.mark.parametrize(("units", "experts"), [(1, 1), (3, 8), (1501, 7), (70_001, 64)])
-def test_same_bits_as_the_reference_and_balanced(backend, units, experts):
-    got = dashpot.route_balanced(units, experts, seed=-7, offset=3, device=backend.device)
+@pytest.mark.parametrize(("seed", "offset"), [(-7, 3), (2**64 - 3, -5), (2**40 + 1, 2**33 + 7)])
+@pytest.mark.parametrize(("units", "experts"), [
+    (1, 1), (3, 8),
+    (33, 1 << 16),  # CUDA: two buckets; more experts than anybody has
+    (1501, 7),
+    (70_001, 64),  # CUDA: more buckets than the scan's block has threads
+])  # fmt: skip
+def test_same_bits_as_the_reference_and_balanced(backend, units, experts, seed, offset):
+    got = dashpot.route_balanced(units, experts, seed=seed, offset=offset, device=backend.device)
     with dashpot.backend("reference"):
-        want = dashpot.route_balanced(units, experts, seed=-7, offset=3)
+        want = dashpot.route_balanced(units, experts, seed=seed, offset=offset)
     assert got.dtype == torch.int32 and torch.equal(got.cpu(), want)
     counts = want.bincount(minlength=experts)
     assert counts.max() - counts.min() <= 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dashpot
 import pytest
 import torch
+from dashpot import _C
 from dashpot.experts.unpermute import UNPERMUTE
 
 
@@ -56,6 +57,19 @@ def test_no_choice_kept_is_zero(backend):
     assert torch.equal(y, torch.zeros_like(y))
 
 
+def test_capacity_zero_keeps_nothing(backend, spec_ids):
+    """Both ops give zeros, and so do their gradients."""
+    device = backend.device
+    plan = plan_on(device, spec_ids, capacity=0)
+    x, h = (torch.randn(n, 5, device=device).requires_grad_() for n in (6, 12))
+    weights = torch.rand(6, 2, device=device).requires_grad_()
+    with dashpot.backend(backend.and_others):
+        xp, y = dashpot.permute(x, plan), dashpot.unpermute(h, plan, weights)
+        grads = torch.autograd.grad([xp, y], [x, h, weights], [h.detach(), x.detach()])
+    assert xp.shape == (12, 5) and y.shape == (6, 5)
+    assert not any(tensor.any() for tensor in (xp, y, *grads))
+
+
 @pytest.mark.backends("native")
 def test_offsets_beyond_32_bits(backend, lazy):
     slots, d = (1 << 15) + 2, 1 << 16
@@ -65,6 +79,34 @@ def test_offsets_beyond_32_bits(backend, lazy):
     order = torch.full((slots,), -1, dtype=torch.int32, device=backend.device)
     y = UNPERMUTE(h, order, rank, None)
     assert y[0, -1] == 5 and y[1, -1] == 5 and y.double().sum() == 10
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_sums_beyond_the_caches(dtype, k):
+    """8 MiB and more are written past the caches: right, and bit for bit what the same tokens give
+    in small pieces, on each instruction set; some tokens have dropped choices, or none at all."""
+    d, size = 1024, torch.empty((), dtype=dtype).element_size()
+    tokens = (8 << 20) // (d * size) + 6
+    ids = torch.stack([torch.randperm(4)[:k] for _ in range(tokens)]).int()
+    ids[torch.rand(tokens, k) < 0.1] = -1
+    ids[3] = -1
+    plan = dashpot.dispatch_plan(ids, 4)
+    h, weights = torch.randn(tokens * k, d).to(dtype), torch.rand(tokens, k).to(dtype)
+    with dashpot.backend("reference"):
+        want = dashpot.unpermute(h.double(), plan, weights.double())
+    best = ("baseline", "avx2", "avx512").index(_C.cpu_isa())
+    try:
+        for instructions in ("baseline", "avx2", "avx512")[: best + 1]:
+            _C.set_cpu_isa(instructions)
+            y = dashpot.unpermute(h, plan, weights)
+            assert (y[3] == 0).all()
+            torch.testing.assert_close(y, want.to(dtype))
+            pieces = zip(plan.rank.split(500), weights.split(500), strict=True)
+            small = [UNPERMUTE(h, plan.order, rank, part) for rank, part in pieces]
+            assert torch.equal(y, torch.cat(small)), instructions
+    finally:
+        _C.set_cpu_isa(None)
 
 
 @pytest.mark.parametrize(

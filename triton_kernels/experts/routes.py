@@ -3,9 +3,9 @@
 The numbers are those of csrc/experts/philox.h, the plan that of csrc/experts/plan.h, bit for bit.
 A plan is two launches (four with a capacity by choice) and a scan between them, by torch:
 
-    _plan_count_kernel   a program compares its ids with each other: how often each occurs, (P, E)
-    scan                 first slot of each program's ids of each expert, ends of the segments
-    _plan_place_kernel   the same comparison gives an id's rank among the program's: order, rank
+    _plan_kernel          a program compares its ids with each other: how often each occurs, (P, E)
+    scan                  first slot of each program's ids of each expert, ends of the segments
+    _plan_kernel, PLACE   the same comparison gives an id's rank among the program's: order, rank
 
 No atomics: the first of a program's equal ids writes their number. Random ids are drawn again where
 they are needed and never stored. Bytes: 4n read twice (or nothing), 8n written, 4 P E for counts;
@@ -224,12 +224,15 @@ def _equals(ids, IDS: tl.constexpr):
 
 
 @triton.jit
-def _plan_count_kernel(
+def _plan_kernel(
     ids_ptr,  # (T, K) int32, read unless DRAWN
     kept_ptr,  # (T, K) int32, read if HAS_KEPT: -1 is out
     seed_ptr,  # () int64, read if DRAWN
     offset_ptr,  # () int64, read if DRAWN
-    counts_ptr,  # (P, E) int32, zeros before
+    table_ptr,  # (P, E) int32: how many of e a program has (zeros before); PLACE: its first slot
+    last_ptr,  # (E,) int32, read if PLACE: slots from here on are not the expert's
+    order_ptr,  # (R,) int32, written if PLACE and not BY_CHOICE
+    rank_ptr,  # (T, K) int32, written if PLACE
     n,
     tokens,
     units,
@@ -240,51 +243,24 @@ def _plan_count_kernel(
     DRAWN: tl.constexpr,
     BY_CHOICE: tl.constexpr,
     HAS_KEPT: tl.constexpr,
-    IDS: tl.constexpr,
-):
-    ids, _flat, _inside = _take(
-        ids_ptr, kept_ptr, seed_ptr, offset_ptr, n, tokens, units, experts, K, KP, REPLACE, DRAWN,
-        BY_CHOICE, HAS_KEPT, IDS
-    )  # fmt: skip
-    before, total = _equals(ids, IDS)
-    at = counts_ptr + tl.program_id(0).to(tl.int64) * experts + ids
-    tl.store(at, total, mask=(ids >= 0) & (before == 0))
-
-
-@triton.jit
-def _plan_place_kernel(
-    ids_ptr,  # (T, K) int32, read unless DRAWN
-    kept_ptr,  # (T, K) int32, read if HAS_KEPT: -1 is out
-    seed_ptr,  # () int64, read if DRAWN
-    offset_ptr,  # () int64, read if DRAWN
-    first_ptr,  # (P, E) int32: the slot of a program's first id of e
-    last_ptr,  # (E,) int32: slots from here on are not the expert's
-    order_ptr,  # (R,) int32, written unless BY_CHOICE
-    rank_ptr,  # (T, K) int32
-    n,
-    tokens,
-    units,
-    experts,
-    K: tl.constexpr,
-    KP: tl.constexpr,
-    REPLACE: tl.constexpr,
-    DRAWN: tl.constexpr,
-    BY_CHOICE: tl.constexpr,
-    HAS_KEPT: tl.constexpr,
+    PLACE: tl.constexpr,
     IDS: tl.constexpr,
 ):
     ids, flat, inside = _take(
         ids_ptr, kept_ptr, seed_ptr, offset_ptr, n, tokens, units, experts, K, KP, REPLACE, DRAWN,
         BY_CHOICE, HAS_KEPT, IDS
     )  # fmt: skip
-    before, _total = _equals(ids, IDS)
+    before, total = _equals(ids, IDS)
     counts = ids >= 0
-    at = first_ptr + tl.program_id(0).to(tl.int64) * experts + ids
-    place = tl.load(at, mask=counts, other=0) + before
-    room = counts & (place < tl.load(last_ptr + ids, mask=counts, other=0))
-    if not BY_CHOICE:
-        tl.store(order_ptr + place, flat.to(tl.int32), mask=room)
-    tl.store(rank_ptr + flat, tl.where(room, place, -1), mask=inside)
+    at = table_ptr + tl.program_id(0).to(tl.int64) * experts + ids
+    if PLACE:
+        place = tl.load(at, mask=counts, other=0) + before
+        room = counts & (place < tl.load(last_ptr + ids, mask=counts, other=0))
+        if not BY_CHOICE:
+            tl.store(order_ptr + place, flat.to(tl.int32), mask=room)
+        tl.store(rank_ptr + flat, tl.where(room, place, -1), mask=inside)
+    else:
+        tl.store(at, total, mask=counts & (before == 0))
 
 
 class _Ids:
@@ -303,18 +279,21 @@ class _Ids:
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=self.like.device)
 
-    def launch(self, kernel, outputs: tuple, kept: Tensor | None, by_choice: bool) -> None:
+    def launch(self, table: Tensor, kept: Tensor | None, by_choice: bool,
+               places: tuple | None = None) -> None:  # fmt: skip
+        """places: last, order, rank; without them the ids are counted."""
         ids, seed, offset = self.pointers
         if self.n:
-            kernel[(self.programs,)](
-                ids, ids if kept is None else kept, seed, offset, *outputs, *self.sizes,
-                BY_CHOICE=by_choice, HAS_KEPT=kept is not None, num_warps=4, **self.options,
+            _plan_kernel[(self.programs,)](
+                ids, ids if kept is None else kept, seed, offset, table,
+                *(places or (table, table, table)), *self.sizes, BY_CHOICE=by_choice,
+                HAS_KEPT=kept is not None, PLACE=places is not None, num_warps=4, **self.options,
             )  # fmt: skip
 
     def counts(self, kept: Tensor | None, by_choice: bool) -> tuple[Tensor, Tensor]:
         """(P, E): how many of e stand in the programs before; (E,): in all."""
         counts = self.like.new_zeros((self.programs, self.experts), dtype=torch.int32)
-        self.launch(_plan_count_kernel, (counts,), kept, by_choice)
+        self.launch(counts, kept, by_choice)
         return counts.cumsum(0, dtype=torch.int32) - counts, counts.sum(0, dtype=torch.int32)
 
 
@@ -325,7 +304,7 @@ def _plan(ids: _Ids, capacity: int | None, priority: str, align: int, slots: int
         kept = torch.empty_like(rank)
         before, routed = ids.counts(None, True)
         room = torch.full_like(routed, capacity)
-        ids.launch(_plan_place_kernel, (before, room, kept, kept), None, True)
+        ids.launch(before, None, True, (room, kept, kept))
     before, counts = ids.counts(kept, False)
     if routed is None:
         routed = counts
@@ -335,7 +314,7 @@ def _plan(ids: _Ids, capacity: int | None, priority: str, align: int, slots: int
     offsets = spans.cumsum(0, dtype=torch.int32)
     starts = offsets - spans
     order = torch.full((slots,), -1, dtype=torch.int32, device=rank.device)
-    ids.launch(_plan_place_kernel, (before + starts, starts + counts, order, rank), kept, False)
+    ids.launch(before + starts, kept, False, (starts + counts, order, rank))
     return counts, routed, offsets, order, rank
 
 
