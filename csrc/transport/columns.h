@@ -6,10 +6,7 @@
 // Both: t_i = (s_i - theta) / gamma where s_i >= bound. Negative entropy has exp in their place.
 //
 // The scores of a tile of columns are formed once and stay in the cache (m x lanes), where they are
-// walked over: once for k <= kListed (the k + 1 largest of each lane in registers), else a few
-// times for the threshold (Newton on sum [s - theta]+ from the last evaluation's, monotone and
-// finite from its first step on) and, if its support exceeds k, for the k-th largest (bisection on
-// counts). No sort. Row sums gather in m vectors.
+// walked over to find what is chosen (choose.h) and to apply it. Row sums gather in m vectors.
 #pragma once
 
 #include <algorithm>
@@ -20,219 +17,9 @@
 
 #include "common/math.h"
 #include "common/simd.h"
-#include "transport/problem.h"
+#include "transport/choose.h"
 
 namespace dashpot::transport {
-
-inline constexpr int kListed = 8;     // k up to which the largest are kept in registers
-inline constexpr int kMaxLanes = 16;  // of any instruction set
-
-// A tile: scores (m, lanes) and what is found for each of its columns. T: the state's type.
-template <class T>
-struct Tile {
-  T* scores;    // (m, lanes); -inf for a forbidden pair and in lanes without a column
-  T* row_sums;  // (m, lanes), added to
-  int64_t m, k;
-  T gamma;
-  Reg reg;
-  bool dual;
-  T smoothing, tie;
-  T mass[kMaxLanes] = {};   // b
-  T theta[kMaxLanes] = {};  // threshold; for negative entropy gamma * log-sum-exp(s / gamma)
-  T sum[kMaxLanes] = {};    // column sums of T
-  T level[kMaxLanes] = {};  // where the search for theta starts, or lambda's (smoothed); its end
-  T bound[kMaxLanes] = {};  // scores below it are not chosen
-  T tied[kMaxLanes] = {};   // 1 where the k-th and the next score tie (options.tie >= 0)
-  double value[kMaxLanes] = {};
-  Tile(const Options& options, T* scores, T* row_sums)
-      : scores(scores),
-        row_sums(row_sums),
-        m(options.m),
-        k(options.k),
-        gamma(static_cast<T>(options.gamma)),
-        reg(options.reg),
-        dual(options.dual),
-        smoothing(static_cast<T>(options.smoothing)),
-        tie(static_cast<T>(options.tie)) {}
-};
-
-template <class T, Isa isa>
-using Mask = decltype(Vec<T, isa>{} > Vec<T, isa>{});
-
-template <class T, Isa isa>
-DASHPOT_INLINE bool any(Mask<T, isa> mask) {
-  uint64_t words[sizeof mask / 8], all = 0;
-  __builtin_memcpy(words, &mask, sizeof mask);
-  for (const uint64_t word : words) all |= word;
-  return all != 0;
-}
-
-template <class T, Isa isa>
-DASHPOT_INLINE Vec<T, isa> fill(T value) {
-  Vec<T, isa> all;
-  for (int i = 0; i < kLanes<T, isa>; ++i) all[i] = value;
-  return all;
-}
-
-template <class T, Isa isa>
-struct Choice {
-  Vec<T, isa> theta;  // subtracted from the scores
-  Vec<T, isa> bound;  // scores from here on are chosen,
-  Vec<T, isa> tied;   // 1 where more than k are, all but these equal to the bound; else 0
-};
-
-// The K + 1 largest scores of each lane, descending.
-template <int K, class T, Isa isa>
-DASHPOT_INLINE void largest(const T* scores, int64_t m, Vec<T, isa>* top) {
-  for (int q = 0; q <= K; ++q) top[q] = fill<T, isa>(-std::numeric_limits<T>::infinity());
-  for (int64_t i = 0; i < m; ++i) {
-    Vec<T, isa> falling = load<T, isa>(scores + i * kLanes<T, isa>);
-    for (int q = 0; q <= K; ++q) {
-      const Vec<T, isa> higher = top[q] > falling ? top[q] : falling;
-      falling = top[q] > falling ? falling : top[q];
-      top[q] = higher;
-    }
-  }
-}
-
-// What is chosen of columns whose K + 1 largest scores are `top`.
-template <int K, class T, Isa isa>
-DASHPOT_INLINE Choice<T, isa> choose_of(const Vec<T, isa>* top, Vec<T, isa> budget, bool dual) {
-  using V = Vec<T, isa>;
-  const V lowest = fill<T, isa>(-std::numeric_limits<T>::infinity());
-  const V zero = {}, one = zero + T(1);
-  Choice<T, isa> found;
-  if (dual) {
-    found.theta = zero;
-    found.bound = top[K - 1] > zero ? top[K - 1] : zero;
-    found.tied = (top[K] == top[K - 1]) & (top[K] > zero) ? one : zero;
-    return found;
-  }
-  V total = zero;
-  Mask<T, isa> full = zero > zero;
-  found.theta = top[0];
-  for (int q = 0; q < K; ++q) {
-    total += top[q];
-    const V candidate = (total - budget) / T(q + 1);
-    full = top[q] > candidate;
-    found.theta = full ? candidate : found.theta;
-  }
-  found.bound = full ? top[K - 1] : found.theta;
-  found.bound = top[0] == lowest ? -lowest : found.bound;  // nothing can be chosen
-  found.tied = full & (top[K] == top[K - 1]) ? one : zero;
-  return found;
-}
-
-template <int K, class T, Isa isa>
-DASHPOT_INLINE Choice<T, isa> choose_listed(const Tile<T>& tile) {
-  Vec<T, isa> top[K + 1];
-  largest<K, T, isa>(tile.scores, tile.m, top);
-  return choose_of<K, T, isa>(top, tile.gamma * load<T, isa>(tile.mass), tile.dual);
-}
-
-// Over the scores above `level`: sum (s - level) and their number.
-template <class T, Isa isa>
-DASHPOT_INLINE void above(const Tile<T>& tile, Vec<T, isa> level, Vec<T, isa>* excess,
-                          Vec<T, isa>* count) {
-  using V = Vec<T, isa>;
-  const V zero = {}, one = zero + T(1);
-  V sums[2] = {zero, zero}, counts[2] = {zero, zero};
-  int64_t i = 0;
-  for (; i + 2 <= tile.m; i += 2) {
-    for (int u = 0; u < 2; ++u) {
-      const V gap = load<T, isa>(tile.scores + (i + u) * kLanes<T, isa>) - level;
-      sums[u] += gap > zero ? gap : zero;
-      counts[u] += gap > zero ? one : zero;
-    }
-  }
-  if (i < tile.m) {
-    const V gap = load<T, isa>(tile.scores + i * kLanes<T, isa>) - level;
-    sums[0] += gap > zero ? gap : zero;
-    counts[0] += gap > zero ? one : zero;
-  }
-  *excess = sums[0] + sums[1];
-  *count = counts[0] + counts[1];
-}
-
-template <class T, Isa isa>
-DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
-  using V = Vec<T, isa>;
-  constexpr int kWidth = kLanes<T, isa>;
-  const V infinity = fill<T, isa>(std::numeric_limits<T>::infinity());
-  const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
-  const V budget = tile.gamma * load<T, isa>(tile.mass);
-  const V start = tile.dual ? zero : load<T, isa>(tile.level);
-  V highest = -infinity, excess = zero, count = zero;
-  for (int64_t i = 0; i < tile.m; ++i) {
-    const V score = load<T, isa>(tile.scores + i * kWidth), gap = score - start;
-    highest = score > highest ? score : highest;
-    excess += gap > zero ? gap : zero;
-    count += gap > zero ? one : zero;
-  }
-  const Mask<T, isa> dead = highest == -infinity;
-  Choice<T, isa> found;
-  found.theta = zero;
-  if (!tile.dual) {
-    // The sum is convex: a step of Newton's from anywhere lands before the root or on it, as does
-    // highest - budget; from there on each step does.
-    const V least = highest - budget;
-    const V step = start + (excess - budget) / (count > zero ? count : one);
-    found.theta = count > zero ? step : least;
-    found.theta = found.theta > least ? found.theta : least;
-    found.theta = dead ? zero : found.theta;
-    // A rounded step may fall short and bring a score back: the count must fall for another one.
-    V before = infinity;
-    for (;;) {
-      above<T, isa>(tile, found.theta, &excess, &count);
-      const Mask<T, isa> moving = (count > zero) & (count < before);
-      found.theta = moving ? found.theta + (excess - budget) / count : found.theta;
-      if (!any<T, isa>(moving)) break;
-      before = count;
-    }
-  }
-  found.theta = dead ? -infinity : found.theta;
-  found.bound = dead ? infinity : found.theta;
-  found.tied = zero;
-  Mask<T, isa> over = (count > k) & ~dead;
-  if (tile.k >= tile.m || !any<T, isa>(over)) return found;
-
-  // The k-th largest lies in (low, high]: more than k scores above low, fewer than k above high.
-  V low = found.theta, high = highest, of_low = count, of_high = zero;
-  V level = low;
-  for (int round = 0; any<T, isa>(over); ++round) {
-    // By halves in turn with a guess from the counts; towards the ends neither may stall.
-    const V part = (of_low - k) / (of_low - of_high);
-    const V guess = low + (high - low) * (round % 2 ? part : zero + T(0.5));
-    const V middle = low + (high - low) * T(0.5);
-    const V trial = (guess > low) & (guess < high) ? guess : middle;
-    const Mask<T, isa> open = over & (trial > low) & (trial < high);
-    level = open ? trial : level;
-    above<T, isa>(tile, level, &excess, &count);
-    const Mask<T, isa> exact = open & (count == k);
-    low = open & (count > k) ? level : low;
-    of_low = open & (count > k) ? count : of_low;
-    high = open & (count < k) ? level : high;
-    of_high = open & (count < k) ? count : of_high;
-    // Neighbours in floating point: the scores equal to high are tied for the last places.
-    const Mask<T, isa> tied = over & ~open;
-    found.bound = exact ? level : tied ? high : found.bound;
-    found.tied = tied ? one : found.tied;
-    over = over & ~exact & ~tied;
-    for (int lane = 0; lane < kWidth; ++lane) {
-      if (exact[lane]) {
-        found.bound[lane] =
-            std::nextafter(static_cast<T>(level[lane]), std::numeric_limits<T>::infinity());
-      }
-    }
-  }
-  if (!tile.dual) {
-    const V base = found.bound;
-    above<T, isa>(tile, base, &excess, &count);  // base itself counts as 0
-    const Mask<T, isa> cut = found.bound > found.theta;
-    found.theta = cut ? base + (excess - budget) / k : found.theta;
-  }
-  return found;
-}
 
 // t of the chosen scores into row sums, column sums and values.
 template <class T, Isa isa>
@@ -253,7 +40,7 @@ DASHPOT_INLINE void apply(Tile<T>& tile, const Choice<T, isa>& found) {
   }
   store<T, isa>(tile.sum, sums);
   store<T, isa>(tile.theta, found.theta);
-  store<T, isa>(tile.level, found.theta);
+  store<T, isa>(tile.level, found.level);
   store<T, isa>(tile.bound, found.bound);
   for (int lane = 0; lane < kWidth; ++lane) {
     double square = squares[lane];
