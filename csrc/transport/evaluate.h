@@ -68,21 +68,29 @@ void evaluate(const Options& options, int64_t batch, const T* alpha, const T* be
   scratch.row_sums.resize(batch * chunks * m);
   scratch.values.resize(batch * chunks);
   scratch.column.resize(batch * n);
-  parallel_for(batch * chunks, threads, [&](int64_t item) {
-    const int64_t problem = item / chunks, begin = item % chunks * width;
-    const PerColumn<T> found{scratch.column.data() + problem * n,
-                             level ? level + problem * n : nullptr,
-                             tied ? tied + problem * n : nullptr};
+  const auto found_of = [&](int64_t problem) {
+    return PerColumn<T>{scratch.column.data() + problem * n, level ? level + problem * n : nullptr,
+                        tied ? tied + problem * n : nullptr};
+  };
+  // A thread takes neighbouring chunks at once where that lets it read on: the sums are the same.
+  const int64_t together =
+      listed_in_one_pass(options) ? (chunks + std::max(threads, 1) - 1) / std::max(threads, 1) : 1;
+  const int64_t spans = (chunks + together - 1) / together;
+  parallel_for(batch * spans, threads, [&](int64_t item) {
+    const int64_t problem = item / spans, chunk = item % spans * together;
+    const int64_t begin = chunk * width, end = std::min(n, begin + together * width);
+    double* const sums = scratch.row_sums.data() + (problem * chunks + chunk) * m;
+    double* const value = scratch.values.data() + problem * chunks + chunk;
+    const T* const a_row = alpha + problem * m;
     const T* const shift = beta ? beta + problem * n : nullptr;
-    const auto run = [&](auto columns, const auto&... visit) {
-      return columns(options, alpha + problem * m, shift, b + problem * n, cost.at(problem, m * n),
-                     begin, std::min(n, begin + width), scratch.row_sums.data() + item * m, found,
-                     visit...);
-    };
-    const auto unseen = [](const Tile<T>&, int64_t, int64_t) {};
-    scratch.values[item] = listed_in_one_pass(options)
-                               ? run(&evaluate_listed<T, C>)
-                               : run(&evaluate_columns<T, C, decltype(unseen)>, unseen);
+    const Cost<C> own = cost.at(problem, m * n);
+    if (listed_in_one_pass(options)) {
+      evaluate_listed<T, C>(options, a_row, shift, b + problem * n, own, begin, end, width, sums,
+                            value, found_of(problem));
+    } else {
+      *value = evaluate_columns<T, C>(options, a_row, shift, b + problem * n, own, begin, end, sums,
+                                      found_of(problem), [](const Tile<T>&, int64_t, int64_t) {});
+    }
   });
   for (int64_t p = 0; p < batch; ++p) {
     finish(options, alpha + p * m, beta ? beta + p * n : nullptr, a + p * m, b + p * n,

@@ -1,6 +1,6 @@
 // Long columns of at most k <= kListed entries: one pass in which nothing is stored.
 //
-// A tile's k + 1 largest scores and their rows stay in the cache while blocks of rows pass by; once
+// The tiles' k + 1 largest scores and their rows stay in the cache while the rows pass by; once
 // the lists have settled almost no score enters (about k log(m / k) of m do), so that a score costs
 // its making and a comparison, and an evaluation a read of the cost. The plan is then the lists
 // themselves: row sums take k numbers per column, not m.
@@ -11,7 +11,9 @@
 namespace dashpot::transport {
 
 inline constexpr int64_t kLongColumn = 512;  // rows from which the lists settle soon enough
-inline constexpr int64_t kRowBlock = 64;     // rows whose scores, kGroup tiles, stay in L1
+// Rows whose scores, kGroup tiles of them, are made together: few, so that neighbouring tiles find
+// the rows that the last ones opened; more where a column's rows are neighbours in memory.
+inline constexpr int64_t kRows = 8, kRowsOfColumns = 64;
 
 inline bool listed_in_one_pass(const Options& options) {
   return options.reg == Reg::kSparse && options.k <= kListed && options.m >= kLongColumn &&
@@ -115,53 +117,59 @@ struct SolveLists {
   }
 };
 
-// As evaluate_columns, whose tiles nobody sees.
+// Columns [begin, end) as evaluate_columns, whose tiles nobody sees, in chunks of `width` columns:
+// row_sums (chunks, m), values (chunks,). The cost is read from its first row to its last.
 template <class T, class C>
-double evaluate_listed(const Options& options, const T* alpha, const T* beta, const T* b,
-                       const Cost<C>& cost, int64_t begin, int64_t end, double* row_sums,
-                       const PerColumn<T>& found) {
+void evaluate_listed(const Options& options, const T* alpha, const T* beta, const T* b,
+                     const Cost<C>& cost, int64_t begin, int64_t end, int64_t width,
+                     double* row_sums, double* values, const PerColumn<T>& found) {
   const int64_t lanes = vector_bytes(isa()) / sizeof(T), m = options.m;
-  T* const room = tile_room<T>(kGroup * kRowBlock * lanes);
-  Tile<T> tile(options, nullptr, nullptr);
-  TopLists<T> lists[kGroup];
-  T plan[kListed * kMaxLanes];
-  std::fill_n(row_sums, m, 0.0);
-  double value = 0;
-  for (int64_t first = begin; first < end; first += kGroup * lanes) {
-    const int64_t live = std::min(kGroup * lanes, end - first);
-    const int64_t tiles = (live + lanes - 1) / lanes;
-    T shift[kGroup * kMaxLanes] = {};
-    if (beta) std::copy_n(beta + first, live, shift);
-    for (TopLists<T>& one : lists) {
-      std::fill_n(one.score[0], (kListed + 1) * kMaxLanes, -std::numeric_limits<T>::infinity());
-      std::fill_n(one.row[0], (kListed + 1) * kMaxLanes, T(0));
-    }
-    for (int64_t i = 0; i < m; i += kRowBlock) {
-      const int64_t rows = std::min(kRowBlock, m - i);
-      const Cost<C> block = cost.from_row(i);
+  const int64_t step = cost.lines_are_rows() ? kRows : kRowsOfColumns;
+  static thread_local std::vector<TopLists<T>> lists;
+  lists.resize((end - begin + lanes - 1) / lanes + kGroup);
+  for (TopLists<T>& one : lists) {
+    std::fill_n(one.score[0], (options.k + 1) * kMaxLanes, -std::numeric_limits<T>::infinity());
+    std::fill_n(one.row[0], (options.k + 1) * kMaxLanes, T(0));
+  }
+  T* const room = tile_room<T>(kGroup * step * lanes);
+  for (int64_t i = 0; i < m; i += step) {
+    const int64_t rows = std::min(step, m - i);
+    const Cost<C> block = cost.from_row(i);
+    for (int64_t first = begin; first < end; first += kGroup * lanes) {
+      const int64_t live = std::min(kGroup * lanes, end - first);
+      T shift[kGroup * kMaxLanes] = {};
+      if (beta) std::copy_n(beta + first, live, shift);
       run_on_isa<FillTiles<T, C>>(room, alpha + i, static_cast<const T*>(shift), &block, rows,
                                   first, live);
-      for (int64_t g = 0; g < tiles; ++g) {
-        run_on_isa<Enter<T>>(&lists[g], static_cast<const T*>(room + g * rows * lanes), rows, i,
-                             options.k);
+      for (int64_t at = 0; at < live; at += lanes) {
+        run_on_isa<Enter<T>>(&lists[(first + at - begin) / lanes],
+                             static_cast<const T*>(room + at * rows), rows, i, options.k);
       }
     }
-    for (int64_t g = 0; g < tiles; ++g) {
-      const int64_t j = first + g * lanes, count = std::min(lanes, end - j);
+  }
+  Tile<T> tile(options, nullptr, nullptr);
+  T plan[kListed * kMaxLanes];
+  for (int64_t first = begin; first < end; first += width) {
+    double* const sums = row_sums + (first - begin) / width * m;
+    double& value = values[(first - begin) / width];
+    std::fill_n(sums, m, 0.0);
+    value = 0;
+    for (int64_t j = first; j < std::min(end, first + width); j += lanes) {
+      const int64_t count = std::min(lanes, end - j);
+      const TopLists<T>& top = lists[(j - begin) / lanes];
       for (int64_t lane = 0; lane < lanes; ++lane) tile.mass[lane] = lane < count ? b[j + lane] : 0;
-      run_on_isa<SolveLists<T>>(&tile, static_cast<const TopLists<T>*>(&lists[g]), plan);
+      run_on_isa<SolveLists<T>>(&tile, &top, plan);
       for (int64_t lane = 0; lane < count; ++lane) {
         found.column[j + lane] = options.dual ? tile.sum[lane] : tile.theta[lane];
         if (found.tied) found.tied[j + lane] = tile.tied[lane] > 0;
         value += tile.value[lane];
         for (int64_t q = 0; q < options.k; ++q) {
           const T t = plan[q * lanes + lane];
-          if (t > 0) row_sums[static_cast<int64_t>(lists[g].row[q][lane])] += t;
+          if (t > 0) sums[static_cast<int64_t>(top.row[q][lane])] += t;
         }
       }
     }
   }
-  return value;
 }
 
 }  // namespace dashpot::transport
