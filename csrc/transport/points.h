@@ -2,8 +2,8 @@
 //
 //     sqeuclidean |x_i - y_j|^2     euclidean |x_i - y_j|     inner -x_i . y_j
 //
-// Distances are sums of (x - y)^2 and not |x|^2 + |y|^2 - 2 x.y: nothing cancels at any d, and the
-// subtraction costs little beside the multiplication (bench_ot_value_grad.py: inner has none).
+// Distances are sums of (x - y)^2 and not |x|^2 + |y|^2 - 2 x.y: nothing cancels at any d, for one
+// subtraction more per number.
 // Sums over d run from the first to the last, whichever way an entry is made.
 //
 // A tile of columns is made as a small matrix product is (common/matmul.h): columns lie in strips,

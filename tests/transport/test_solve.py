@@ -90,8 +90,8 @@ def test_no_number_is_asked_for(how, of_points):
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("how", SOLVES)
 def test_an_evaluation_is_one_pass_of_a_kernel(how):
-    """Nothing as large as the cost is made by the loop, neither of points, nor, but for the report
-    on forbidden pairs, beside a stored one: the smoothed dual's shares included."""
+    """Of points nothing as large as the cost is made by the loop, the smoothed dual's shares
+    included."""
     _, seen = solve(how, True, Watch)
     per_step = 11 * 2 * (M + N)  # L-BFGS's pairs, of a batch of two
     assert seen.largest <= max(per_step, 2 * _solve.CHUNK)
