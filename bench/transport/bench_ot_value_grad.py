@@ -7,6 +7,8 @@ import torch
 from dashpot import functional as F
 from dashpot._measure import Peer
 
+from bench.transport.bench_ot_semidual_value_grad import torch_topk as topk_of_stored
+
 OP = "ot_value_grad"
 SIZES = {
     torch.float32: [
@@ -28,16 +30,7 @@ def stored(alpha, beta, x, y, a, b, smoothing, level, metric, reg, gamma, k):
 
 def torch_topk(alpha, beta, x, y, a, b, smoothing, level, metric, reg, gamma, k):
     """As a user would write it."""
-    s = alpha[:, :, None] - cost_of(x, y, metric)  # (B, m, n)
-    top, rows = s.topk(k, dim=1)  # (B, k, n)
-    ranks = torch.arange(1, k + 1, device=s.device, dtype=s.dtype)[:, None]
-    taus = (top.cumsum(1) - gamma * b[:, None]) / ranks
-    rho = (top > taus).sum(1, keepdim=True)
-    theta = taus.gather(1, (rho - 1).clamp(min=0))  # (B, 1, n)
-    t = (top - theta).clamp(min=0) / gamma
-    plan = torch.zeros_like(s).scatter(1, rows, t)
-    value = (t * (top + theta) / 2 * (t > 0)).sum((1, 2))
-    return (a * alpha).sum(1) - value, a - plan.sum(2), -theta.squeeze(1)
+    return topk_of_stored(alpha, cost_of(x, y, metric), a, b, reg, gamma, k)
 
 
 PEERS = {"cdist, then ours": Peer(stored), "cdist, torch topk": Peer(torch_topk)}
