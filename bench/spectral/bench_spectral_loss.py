@@ -1,5 +1,6 @@
 """spectral_loss, forward and backward: the paper's loss on batches of gaze windows (rows, samples),
-and pairs of the same; against plain PyTorch, eager and compiled, and the bare transforms."""
+and pairs of the same; against plain PyTorch, eager and compiled, and the bare transforms, called
+plainly and by autograd."""
 
 import torch
 from dashpot._measure import Peer
@@ -33,12 +34,33 @@ def transforms(input, target, *_):
     return torch.fft.irfft(x, n=input.shape[-1])
 
 
+class DifferentiableTransforms(torch.autograd.Function):
+    """The bare transforms as autograd calls them: what an op of Python cannot do without."""
+
+    @staticmethod
+    def forward(ctx, input, target):
+        ctx.spectrum, ctx.n = torch.fft.rfft(input.float()), input.shape[-1]
+        torch.fft.rfft(target.float())
+        return input.new_empty((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.fft.irfft(ctx.spectrum, n=ctx.n), None
+
+
+def transforms_in_autograd(input, target, *_):
+    with torch.enable_grad():
+        out = DifferentiableTransforms.apply(input, target)
+    return torch.autograd.grad(out, input, torch.ones(()))
+
+
 PEERS = {
     "torch.fft": Peer(plain),
     "torch.compile": Peer(
         torch.compile(plain), lambda size, *_: size == ("train paper", 128, 2000)
     ),
     "bare transforms": Peer(transforms, checked=False),
+    "transforms in autograd": Peer(transforms_in_autograd, checked=False),
 }
 
 

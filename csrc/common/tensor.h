@@ -99,16 +99,22 @@ struct Tensor {
 
   // An uninitialised, contiguous tensor on this one's device.
   Tensor new_empty(std::initializer_list<int64_t> shape, Dtype type) const {
-    const Names& name = names();
     py::tuple size(shape.size());
-    Tensor tensor;
-    tensor.dtype = type;
-    tensor.numel = 1;
+    int64_t numel = 1;
     size_t axis = 0;
     for (const int64_t length : shape) {
       size[axis++] = length;
-      tensor.numel *= length;
+      numel *= length;
     }
+    return new_empty(size, numel, type);
+  }
+
+  // size: a tuple or torch.Size that holds `numel` elements.
+  Tensor new_empty(const py::object& size, int64_t numel, Dtype type) const {
+    const Names& name = names();
+    Tensor tensor;
+    tensor.dtype = type;
+    tensor.numel = numel;
     PyObject* const arguments[] = {object.ptr(), size.ptr(), name.dtypes[static_cast<int>(type)]};
     tensor.object = py::reinterpret_steal<py::object>(
         PyObject_VectorcallMethod(name.new_empty, arguments, 2, name.dtype_keyword));
@@ -121,9 +127,7 @@ struct Tensor {
 
 // An uninitialised, contiguous tensor of another one's shape.
 inline Tensor empty_like(const Tensor& like, Dtype type) {
-  Tensor tensor = like.new_empty({like.numel}, type);
-  tensor.object = tensor.object.attr("view")(like.object.attr("shape"));
-  return tensor;
+  return like.new_empty(like.object.attr("shape"), like.numel, type);
 }
 
 // Where a CUDA kernel runs: torch's current stream of a tensor's device, read on every call.

@@ -24,7 +24,7 @@ import torch
 from torch.autograd import forward_ad
 
 from dashpot._arrays import is_tensor, map_leaves
-from dashpot._backends import BACKENDS, ORDER, Kernel, _forced
+from dashpot._backends import BACKENDS, ORDER, Backend, Kernel, _forced
 
 REGISTRY: dict[str, Op | Chain] = {}
 
@@ -37,6 +37,8 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _has_autocast = functools.cache(torch.amp.is_autocast_available)
+_autocast_anywhere = torch._C._is_any_autocast_enabled
+_NOTHING = contextlib.nullcontext()
 
 
 # --------------------------------------------------------------------------------------------
@@ -66,6 +68,7 @@ class _Plan:
 
     gives: list[int] = field(default_factory=list)  # which forward argument each gradient is of
     _where: dict[tuple, list] = field(default_factory=dict)
+    _spread: dict[tuple, tuple] = field(default_factory=dict)
     residual_free: bool = True  # uses no forward output, so its formula can be differentiated
     complete: bool = False  # names every forward argument, so the reference can be run again
 
@@ -85,6 +88,19 @@ class _Plan:
             ]
         return self._where[grads, counts]
 
+    def spread(self, counts: tuple[int, ...]) -> tuple[list, list, int]:
+        """Where autograd.Function keeps what belongs to the tensor arguments, if these hold
+        `counts` tensors: for each its first place and the one behind its last (None: one tensor);
+        for each gradient the number of its tensor argument; how many places there are."""
+        if counts not in self._spread:
+            spans, start = [], _Differentiable.TENSORS
+            for (_, is_list, _), count in zip(self.slots, counts, strict=True):
+                spans.append((start, None if count == 1 and not is_list else start + count))
+                start += count
+            slots = [i for i, _, _ in self.slots]
+            self._spread[counts] = spans, [slots.index(i) for i in self.gives], start
+        return self._spread[counts]
+
 
 class Op:
     """A declared op; see `declare`. Call it with every argument of its schema, in order."""
@@ -95,7 +111,8 @@ class Op:
         self.inputs, self.floor, self.sizes, self.prefer = inputs, floor, sizes, prefer
         self.torch_products = torch_products
         self.family = _family(reference)
-        self._kernels: dict[str, tuple[Kernel, ...]] = {}
+        self._kernels: dict[str, tuple[Kernel, ...]] = {}  # by device
+        self._found: dict[str, tuple[Backend, Kernel]] = {}  # by backend
         self._reference = Kernel("reference", self._run_reference, None, None, (), frozenset())
 
         self.forward_op = self._define("forward", forward, self._run, fake or reference)
@@ -209,6 +226,9 @@ class Op:
         if name == "reference":
             return self._reference
         where = BACKENDS[name]
+        found, kernel = self._found.get(name, (None, None))
+        if found is where:
+            return kernel
         try:
             module = where.module(self.family)
         except ImportError as error:
@@ -219,7 +239,8 @@ class Op:
         ]
         if functions[0] is None:
             return f"not built: no {self.name}_forward{where.suffix} in {module.__name__}"
-        return Kernel(name, *functions, where.devices, where.dtypes)
+        self._found[name] = where, Kernel(name, *functions, where.devices, where.dtypes)
+        return self._found[name][1]
 
     def kernels(self, device: str) -> tuple[Kernel, ...]:
         """The kernels that may serve a device, best first, without the reference."""
@@ -250,9 +271,10 @@ class Op:
             return forced.choose(self, first, args)
         reasons = []
         for name in forced:
-            reason = self.reason(name, first, args)
+            kernel = self.kernel(name)
+            reason = self._declined(kernel, first, args)
             if reason is None:
-                return self.kernel(name)
+                return kernel
             reasons.append(f"{name}: {reason}")
         raise RuntimeError(
             f"{self.name} cannot run on the backend asked for. " + "; ".join(reasons)
@@ -260,9 +282,11 @@ class Op:
 
     def reason(self, name: str, first: torch.Tensor, args: Sequence) -> str | None:
         """Why a backend cannot take this call; None if it can."""
-        kernel = self.kernel(name)
-        if isinstance(kernel, str) or name == "reference":
-            return kernel if isinstance(kernel, str) else None
+        return self._declined(self.kernel(name), first, args)
+
+    def _declined(self, kernel: Kernel | str, first: torch.Tensor, args: Sequence) -> str | None:
+        if type(kernel) is str or kernel is self._reference:
+            return None if kernel is self._reference else kernel
         return kernel.declines(first, args)
 
     # ---- the gradient
@@ -417,9 +441,9 @@ class Op:
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager:
     """Autocast off; a device that has no autocast ("meta") must not be asked."""
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
+    if _autocast_anywhere() and _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return _NOTHING
 
 
 def _contiguous(args: tuple) -> tuple:
@@ -435,6 +459,8 @@ def _any(needs) -> bool:
 class _Differentiable(torch.autograd.Function):
     """The one autograd.Function of the library, around any op's kernel."""
 
+    TENSORS = 3  # of forward's arguments, those before the tensors
+
     @staticmethod
     def forward(ctx, op: Op, kernel: Kernel, args: tuple, *tensors):
         out = kernel.forward(*args)
@@ -449,7 +475,11 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         op, kernel, counts, _ = ctx.call
-        run = kernel.backward or op.reference_backward
+        run = kernel.backward
+        if run is not None:  # the gradient of a sum is one number, expanded
+            grads = [grad if grad.is_contiguous() else grad.contiguous() for grad in grads]
+        else:
+            run = op.reference_backward
         if _is_grad_enabled():  # create_graph=True
             run = op._twice_differentiable()
             if run is None:
@@ -457,22 +487,20 @@ class _Differentiable(torch.autograd.Function):
                     f"{op.name} has no second derivative on backend {kernel.name!r}; "
                     'use `with dashpot.backend("reference")` for the forward'
                 )
-        needs, wanted, start = [], ctx.needs_input_grad, 3
-        for count in counts:
-            needs.append(wanted[start] if count == 1 else any(wanted[start : start + count]))
-            start += count
-        if kernel.backward is not None:
-            grads = _contiguous(grads)  # that of a sum is one number, expanded
+        spans, gives, places = op._plan.spread(counts)
+        wanted = ctx.needs_input_grad
+        needs = [wanted[at] if end is None else any(wanted[at:end]) for at, end in spans]
         args = op._backward_args(ctx, [list(grads)] if op._returns_list else grads, needs)
         with _no_autocast(grads[0].device.type):
             out = run(*args)
-        by_argument = dict(
-            zip(op._plan.gives, out if isinstance(out, tuple) else (out,), strict=True)
-        )
-        result = [None, None, None]
-        for i, count, need in zip(op._slots, counts, needs, strict=True):
-            grad = by_argument.get(i) if need else None
-            result += list(grad) if grad is not None and i in op._lists else [grad] * count
+        result = [None] * places
+        for i, grad in zip(gives, out if isinstance(out, tuple) else (out,), strict=True):
+            if needs[i] and grad is not None:
+                at, end = spans[i]
+                if end is None:
+                    result[at] = grad
+                else:
+                    result[at:end] = grad
         return tuple(result)
 
 

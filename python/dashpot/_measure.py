@@ -114,16 +114,22 @@ class Case:
         """What is timed: function(*args), or its outputs and the gradients asked for."""
         if not self.gradient:
             return function
-        cotangents = self.expected.cotangents
+        cotangents, like = self.expected.cotangents, []
+        lists = any(not isinstance(self.args[i], Tensor) for i in self.gradient)
 
-        def run(*args):
-            with torch.enable_grad():
-                outputs = [out for out in _check.flatten(function(*args)) if out.requires_grad]
-            like = [c.to(out.dtype) for c, out in zip(cotangents, outputs, strict=False)]
-            leaves = [x for i in self.gradient for x in _check.flatten(args[i])]
+        def run(*args):  # small ops: what is timed must be theirs, so nothing twice and no recursion
+            outputs = function(*args)
+            if type(outputs) is Tensor:
+                outputs = [outputs]
+            else:
+                outputs = [out for out in _check.flatten(outputs) if out.requires_grad]
+            if not like:
+                like.extend(c.to(o.dtype) for c, o in zip(cotangents, outputs, strict=False))
+            leaves = [args[i] for i in self.gradient]
+            leaves = list(_check.flatten(leaves)) if lists else leaves
             return outputs, torch.autograd.grad(outputs[: len(like)], leaves, like)
 
-        return run
+        return torch.enable_grad()(run)
 
     def truths(self) -> list[Tensor]:
         """The true outputs, then the true gradients that a call forms."""

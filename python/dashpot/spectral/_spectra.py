@@ -98,10 +98,9 @@ def needed_slopes(
     """The slopes of input and target; one that is needed though the forward was not asked for it
     (`wants`, the last of args) is formed now."""
     missing = [
-        need and slope.numel() == 0 and signal.numel() > 0
-        for need, slope, signal in zip(needs_grad, slopes, args, strict=False)
+        needs_grad[i] and slopes[i].numel() == 0 and args[i].numel() > 0 for i in (0, 1)
     ]
-    if not any(missing):
+    if True not in missing:
         return slopes
     formed = reference(*args[:-1], missing)[1:]
     return tuple(new if m else old for m, new, old in zip(missing, formed, slopes, strict=True))
