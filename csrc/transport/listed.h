@@ -11,7 +11,7 @@
 
 namespace dashpot::transport {
 
-inline constexpr int64_t kLongColumn = 512;  // rows from which the lists settle soon enough
+inline constexpr int64_t kLongColumn = 256;  // rows from which the lists settle soon enough
 // Rows compared at once, and read together: few, so that the cache's prefetcher follows them all;
 // more are made together where a column's rows are neighbours in memory.
 inline constexpr int64_t kRows = 8, kRowsOfColumns = 64;
