@@ -16,9 +16,9 @@ from bench import peers
 OP = "regularized_ot_points"
 SIZES = {
     torch.float32: [
-        (1, 2, "sqeuclidean", "adam", 20, 3, 2048, 2048),
-        (1, 8, "sqeuclidean", "lbfgs", 20, 3, 512, 512),
-        (1, 8, "sqeuclidean", "lbfgs", 20, 64, 512, 512),
+        (1, 8, "sqeuclidean", "lbfgs", 20, 3, 256, 256),
+        (1, 8, "sqeuclidean", "lbfgs", 20, 64, 256, 256),
+        (1, 2, "sqeuclidean", "adam", 10, 3, 1024, 1024),
     ],
 }  # fmt: skip
 
@@ -36,8 +36,8 @@ def pot(x, y, a, b, metric, reg, gamma, k, solver, max_iter):
     x, y, a, b = (one[0].double().numpy() for one in (x, y, a, b))
     with contextlib.redirect_stdout(io.StringIO()):
         alpha, _ = smooth.solve_semi_dual(
-            a, b, ot.dist(x, y, metric=metric), smooth.SparsityConstrained(gamma, k), tol=1e-9,
-            max_iter=max_iter,
+            a, b, ot.dist(x, y, metric=metric), smooth.SparsityConstrained(max_nz=k, gamma=gamma),
+            tol=1e-9, max_iter=max_iter,
         )  # fmt: skip
     return torch.from_numpy(alpha)
 

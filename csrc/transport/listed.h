@@ -1,8 +1,9 @@
 // Long columns of at most k <= kListed entries: one pass in which nothing is stored.
 //
-// The tiles' k + 1 largest scores and their rows stay in the cache while the rows pass by; once
-// the lists have settled almost no score enters (about k log(m / k) of m do), so that a score costs
-// its making and a comparison, and an evaluation a read of the cost. The plan is then the lists
+// The tiles' k + 1 largest scores and their rows stay in the cache while the rows pass by, kRows at
+// a time. Once the lists have settled almost no score enters (about k log(m / k) of m do): of most
+// blocks of rows only the largest is compared with the end of the list, so that a score costs its
+// making and a maximum, and an evaluation a read of the cost. The plan is then the lists
 // themselves: row sums take k numbers per column, not m.
 #pragma once
 
@@ -10,9 +11,9 @@
 
 namespace dashpot::transport {
 
-inline constexpr int64_t kLongColumn = 512;  // rows from which the lists settle soon enough
-// Rows whose scores, kGroup tiles of them, are made together: few, so that neighbouring tiles find
-// the rows that the last ones opened; more where a column's rows are neighbours in memory.
+inline constexpr int64_t kLongColumn = 256;  // rows from which the lists settle soon enough
+// Rows compared at once, and read together: few, so that the cache's prefetcher follows them all;
+// more are made together where a column's rows are neighbours in memory.
 inline constexpr int64_t kRows = 8, kRowsOfColumns = 64;
 
 inline bool listed_in_one_pass(const Options& options) {
@@ -27,55 +28,82 @@ struct TopLists {
   T row[kListed + 1][kMaxLanes];
 };
 
-// scores (rows, lanes), rows [first, first + rows), into the K + 1 largest.
-template <int K, class T, Isa isa>
-DASHPOT_INLINE void enter(TopLists<T>& lists, const T* scores, int64_t rows, int64_t first) {
+// Scores of `rows` <= kRows rows from `first` on, score(0), score(1), ..., into the K + 1 largest.
+template <int K, class T, Isa isa, class Score>
+DASHPOT_INLINE void enter(TopLists<T>& lists, const Score& score, int64_t rows, int64_t first) {
   using V = Vec<T, isa>;
-  constexpr int kWidth = kLanes<T, isa>, kTogether = 4;
-  const V zero = {};
+  if (rows == kRows) {
+    V most = score(0);
+    for (int u = 1; u < kRows; ++u) {
+      const V one = score(u);
+      most = one > most ? one : most;
+    }
+    if (!any<T, isa>(most > load<T, isa>(lists.score[K]))) return;
+  }
   V top[K + 1], row[K + 1];
   for (int q = 0; q <= K; ++q) {
     top[q] = load<T, isa>(lists.score[q]);
     row[q] = load<T, isa>(lists.row[q]);
   }
-  const auto insert = [&](int64_t i) {
-    const V score = load<T, isa>(scores + i * kWidth), place = zero + static_cast<T>(first + i);
+  for (int64_t u = 0; u < rows; ++u) {
+    const V one = score(u);
+    if (!any<T, isa>(one > top[K])) continue;
+    const V place = V{} + static_cast<T>(first + u);
     for (int q = K; q > 0; --q) {  // from the end: what stands before is still the old list
-      const auto here = score > top[q], before = score > top[q - 1];
-      const V next = before ? top[q - 1] : score, next_row = before ? row[q - 1] : place;
-      top[q] = here ? next : top[q];
+      const auto here = one > top[q], before = one > top[q - 1];
+      const V next = top[q - 1] < one ? top[q - 1] : one, next_row = before ? row[q - 1] : place;
+      top[q] = next > top[q] ? next : top[q];
       row[q] = here ? next_row : row[q];
     }
-    const auto here = score > top[0];
-    top[0] = here ? score : top[0];
-    row[0] = here ? place : row[0];
-  };
-  int64_t i = 0;
-  for (; i + kTogether <= rows; i += kTogether) {
-    V most = load<T, isa>(scores + i * kWidth);
-    for (int u = 1; u < kTogether; ++u) {
-      const V score = load<T, isa>(scores + (i + u) * kWidth);
-      most = score > most ? score : most;
-    }
-    if (!any<T, isa>(most > top[K])) continue;
-    for (int u = 0; u < kTogether; ++u) insert(i + u);
+    row[0] = one > top[0] ? place : row[0];
+    top[0] = one > top[0] ? one : top[0];
   }
-  for (; i < rows; ++i) insert(i);
   for (int q = 0; q <= K; ++q) {
     store<T, isa>(lists.score[q], top[q]);
     store<T, isa>(lists.row[q], row[q]);
   }
 }
 
+// Rows [first, first + rows) of whole tiles whose rows lie in memory, `tiles` of them side by side;
+// alpha from the first row on, shift of the columns or null.
+template <class T, class C>
+struct EnterRows {
+  template <Isa isa, int K = kListed>
+  static DASHPOT_INLINE void run(TopLists<T>* lists, const C* cost, int64_t stride, const T* alpha,
+                                 const T* shift, int64_t tiles, int64_t rows, int64_t first,
+                                 int64_t k) {
+    using V = Vec<T, isa>;
+    if constexpr (K > 1) {
+      if (k < K) {
+        return run<isa, K - 1>(lists, cost, stride, alpha, shift, tiles, rows, first, k);
+      }
+    }
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t at = tile * kLanes<T, isa>;
+      const V base = shift ? load<T, isa>(shift + at) : V{};
+      const auto score = [&](int64_t u) __attribute__((always_inline)) {
+        return base + alpha[u] - load_as<T, isa>(cost + u * stride + at);
+      };
+      enter<K, T, isa>(lists[tile], score, rows, first);
+    }
+  }
+};
+
+// The same of one tile whose scores (rows, lanes) were made before.
 template <class T>
-struct Enter {
+struct EnterScores {
   template <Isa isa, int K = kListed>
   static DASHPOT_INLINE void run(TopLists<T>* lists, const T* scores, int64_t rows, int64_t first,
                                  int64_t k) {
     if constexpr (K > 1) {
       if (k < K) return run<isa, K - 1>(lists, scores, rows, first, k);
     }
-    enter<K, T, isa>(*lists, scores, rows, first);
+    for (int64_t i = 0; i < rows; i += kRows) {
+      const auto score = [&](int64_t u) __attribute__((always_inline)) {
+        return load<T, isa>(scores + (i + u) * kLanes<T, isa>);
+      };
+      enter<K, T, isa>(*lists, score, std::min(kRows, rows - i), first + i);
+    }
   }
 };
 
@@ -135,15 +163,24 @@ void evaluate_listed(const Options& options, const T* alpha, const T* beta, cons
   for (int64_t i = 0; i < m; i += step) {
     const int64_t rows = std::min(step, m - i);
     const Cost<C> block = cost.from_row(i);
-    for (int64_t first = begin; first < end; first += kGroup * lanes) {
+    int64_t first = begin;
+    if constexpr (std::is_same_v<typename Cost<C>::Entry, C>) {
+      if (cost.lines_are_rows()) {
+        const int64_t tiles = (end - begin) / lanes;
+        run_on_isa<EnterRows<T, C>>(lists.data(), block.data + begin, block.row, alpha + i,
+                                    beta ? beta + begin : nullptr, tiles, rows, i, options.k);
+        first += tiles * lanes;
+      }
+    }
+    for (; first < end; first += kGroup * lanes) {
       const int64_t live = std::min(kGroup * lanes, end - first);
       T shift[kGroup * kMaxLanes] = {};
       if (beta) std::copy_n(beta + first, live, shift);
       run_on_isa<FillTiles<T, C>>(room, alpha + i, static_cast<const T*>(shift), &block, rows,
                                   first, live);
       for (int64_t at = 0; at < live; at += lanes) {
-        run_on_isa<Enter<T>>(&lists[(first + at - begin) / lanes],
-                             static_cast<const T*>(room + at * rows), rows, i, options.k);
+        run_on_isa<EnterScores<T>>(&lists[(first + at - begin) / lanes],
+                                   static_cast<const T*>(room + at * rows), rows, i, options.k);
       }
     }
   }

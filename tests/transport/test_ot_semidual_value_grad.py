@@ -119,9 +119,10 @@ def test_rows_and_columns_may_come_in_any_order(backend64, k):
 
 
 @pytest.mark.parametrize("k", [3, 20])
-@pytest.mark.parametrize(("m", "n"), [(2300, 3), (22, 1100)])
+@pytest.mark.parametrize(("m", "n"), [(2300, 3), (531, 37), (22, 1100)])
 def test_long_and_wide_problems(backend64, m, n, k):
-    """Columns too long for a block's shared memory; more tiles of columns than blocks."""
+    """Columns too long for a block's shared memory; lists, with ends of rows and of lanes; more
+    tiles of columns than blocks."""
     alpha, cost, a, b = problem(m, n)
     cost = cost.round(decimals=2)  # and ties
     with dashpot.backend("reference"):
@@ -130,6 +131,12 @@ def test_long_and_wide_problems(backend64, m, n, k):
     got = dashpot.ot_semidual_value_grad(*args, max_nz=k, gamma=0.7)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x.cpu(), y, rtol=1e-11, atol=1e-12)
+
+
+def test_no_problem(backend64):
+    alpha, cost, a, b = problem(6, 5, device=backend64.device, batch=(2, 0))
+    got = dashpot.ot_semidual_value_grad(alpha, cost, a, b, max_nz=2)
+    assert [tuple(x.shape) for x in got] == [(2, 0), (2, 0, 6), (2, 0, 5)]
 
 
 def test_a_large_k_is_l2(backend64):

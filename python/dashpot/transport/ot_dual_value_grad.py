@@ -105,5 +105,4 @@ def ot_dual_value_grad(
     obj, grad_alpha, grad_beta = OT_DUAL_VALUE_GRAD(
         *problem.potentials, problem.cost, problem.a, problem.b, reg, problem.gamma, problem.k
     )
-    batch = problem.batch
-    return obj.reshape(batch), grad_alpha.reshape(*batch, -1), grad_beta.reshape(*batch, -1)
+    return obj.view(problem.batch), grad_alpha.view(alpha.shape), grad_beta.view(beta.shape)

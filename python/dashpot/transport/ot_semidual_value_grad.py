@@ -117,5 +117,5 @@ def ot_semidual_value_grad(
     obj, grad, beta = OT_SEMIDUAL_VALUE_GRAD(
         problem.potentials[0], problem.cost, problem.a, problem.b, reg, problem.gamma, problem.k
     )
-    batch = problem.batch
-    return obj.reshape(batch), grad.reshape(*batch, -1), beta.reshape(*batch, -1)
+    columns = (*problem.batch, cost.shape[-1])
+    return obj.view(problem.batch), grad.view(alpha.shape), beta.view(columns)

@@ -165,5 +165,5 @@ def ot_value_grad(
         rows, columns[0] if columns else None, problem.cost, y, problem.a, problem.b, mu, None,
         metric if y is not None else "", reg, problem.gamma, problem.k,
     )  # fmt: skip
-    batch = problem.batch
-    return obj.reshape(batch), grad.reshape(*batch, -1), column.reshape(*batch, -1)
+    shape = (*problem.batch, column.shape[1])
+    return obj.view(problem.batch), grad.view(alpha.shape), column.view(shape)
