@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "common/simd.h"
 #include "transport/problem.h"
@@ -153,147 +154,215 @@ DASHPOT_INLINE Above<T, isa> above(const Tile<T>& tile, Vec<T, isa> level) {
   return {sums[0] + sums[1], counts[0] + counts[1]};
 }
 
-// How many scores lie above `level`, and its neighbours among them: the lowest above it and the
-// highest that is not.
+// The next number above x, finite.
 template <class T, Isa isa>
-DASHPOT_INLINE Vec<T, isa> count_around(const Tile<T>& tile, Vec<T, isa> level, Vec<T, isa>* up,
-                                        Vec<T, isa>* down) {
+DASHPOT_INLINE Vec<T, isa> next_above(Vec<T, isa> x) {
+  using Bits = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, isa>;
+  const Vec<T, isa> zero = {};
+  const Bits bits = reinterpret_cast<Bits>(x + zero);  // -0 becomes 0
+  return reinterpret_cast<Vec<T, isa>>(x < zero ? bits - 1 : bits + 1);
+}
+
+// A search at work, lane by lane: the scores above `level` were just looked at.
+template <class T, Isa isa>
+struct Search {
   using V = Vec<T, isa>;
-  const V infinity = fill<T, isa>(std::numeric_limits<T>::infinity()), zero = {}, one = zero + T(1);
-  V count = zero, lowest = infinity, highest = -infinity;
-  for (int64_t i = 0; i < tile.m; ++i) {
-    const V score = load<T, isa>(tile.scores + i * kLanes<T, isa>);
-    const V over = score > level ? score : infinity, under = score > level ? -infinity : score;
-    count += score > level ? one : zero;
-    lowest = over < lowest ? over : lowest;
-    highest = under > highest ? under : highest;
-  }
-  *up = lowest;
-  *down = highest;
-  return count;
-}
+  V budget, least;    // gamma b; theta without a bound is not less
+  V level;            // last looked at, or to be looked at next
+  Above<T, isa> at;   // there
+  V low, high;        // more than k scores lie above low, fewer above high
+  V of_low, of_high;  // how many
+  V excess_high;
+  V open;     // 1: not found yet
+  V bare;     // 1: at most k scores lie above theta without a bound, which is sought
+  V stepped;  // 1: level is a step of Newton's from where `before` scores were above,
+  V before;
+  V from_left;  // 1: and which lay before the root
+};
 
-template <class T, Isa isa>
-DASHPOT_INLINE Vec<T, isa> next_after(Vec<T, isa> x, T towards) {
-  for (int lane = 0; lane < kLanes<T, isa>; ++lane) {
-    x[lane] = std::nextafter(static_cast<T>(x[lane]), towards);
-  }
-  return x;
-}
+// The scores nearest to a level that are needed to end a search.
+inline constexpr int kNear = 4;
 
-// `found`'s theta is that without a bound, and more than k scores lie above it in some lanes: their
-// k-th largest score. It lies in (low, high], more than k scores above low, fewer above high. The
-// search begins at the last evaluation's level and walks from score to score while it is near;
-// else by halves in turn with a guess from the counts: towards the ends neither may stall.
+// Open lanes have at most kNear scores more or less than k above their level: the k-th and the next
+// largest from the kNear + 1 scores next to it, above or below. One walk.
 template <class T, Isa isa>
-DASHPOT_INLINE void bound_by_count(const Tile<T>& tile, Vec<T, isa> start, Vec<T, isa> highest,
-                                   Vec<T, isa> over, Vec<T, isa> count, Choice<T, isa>* found) {
+DASHPOT_INLINE void end_nearby(const Tile<T>& tile, Search<T, isa>& search,
+                               Choice<T, isa>* found) {
   using V = Vec<T, isa>;
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
-  V low = found->theta, high = highest, of_low = count, of_high = zero, next = start;
-  for (int round = 0; any<T, isa>(over > zero); ++round) {
-    const V part = (of_low - k) / (of_low - of_high);
-    const V middle = low + (high - low) * T(0.5);
-    const V guess = round % 2 ? low + (high - low) * part : middle;
-    V trial = next > low ? next : guess;
-    trial = trial < high ? trial : guess;
-    trial = trial > low ? trial : middle;
-    trial = trial < high ? trial : middle;
-    V inside = trial > low ? one : zero;
-    inside = trial < high ? inside : zero;
-    V up, down;
-    count = count_around<T, isa>(tile, trial, &up, &down);
-    const V many = count > k ? inside : zero, few = count < k ? inside : zero;
-    low = many > zero ? trial : low;
-    of_low = many > zero ? count : of_low;
-    high = few > zero ? trial : high;
-    of_high = few > zero ? count : of_high;
-    const V gap = count > k ? count - k : k - count;
-    const V step = count > k ? up : next_after<T, isa>(down, -kInfinity);
-    next = gap <= T(8) ? step : zero + kInfinity;
-    // Not inside: neighbours in floating point; the scores equal to high are tied for the last.
-    const V exact = count == k ? inside : zero;
-    const V just_above = next_after<T, isa>(trial, kInfinity);
-    V done = over > zero ? exact : zero;
-    found->bound = done > zero ? just_above : found->bound;
-    found->level = done > zero ? trial : found->level;
-    over = done > zero ? zero : over;
-    done = inside > zero ? zero : over;
-    found->bound = done > zero ? high : found->bound;
-    found->level = done > zero ? high : found->level;
-    found->tied = done > zero ? one : found->tied;
-    over = done > zero ? zero : over;
+  const V zero = {}, one = zero + T(1), k = zero + T(tile.k), lowest = zero - kInfinity;
+  const V level = search.level, more = search.at.count - k;
+  const V sign = more > zero ? -one : one;  // above: the lowest first; below: the highest
+  const V limit = more > zero ? -level : next_above<T, isa>(level);
+  V near[kNear + 1];
+  for (V& one_of : near) one_of = lowest;
+  for (int64_t i = 0; i < tile.m; ++i) {
+    const V score = load<T, isa>(tile.scores + i * kLanes<T, isa>) * sign;
+    V falling = score < limit ? score : lowest;
+    for (V& one_of : near) {
+      const V higher = one_of > falling ? one_of : falling;
+      falling = one_of > falling ? falling : one_of;
+      one_of = higher;
+    }
   }
+  // Signed, `steps` scores are passed: above they leave the sum, below they enter it.
+  const V steps = more > zero ? more : -more;
+  V passed = zero, last = lowest, next = lowest;
+  for (int q = 0; q <= kNear; ++q) {
+    const V gap = near[q] - level * sign;
+    passed += steps > T(q) ? gap : zero;
+    last = steps == T(q + 1) ? near[q] : last;
+    next = steps == T(q) ? near[q] : next;
+  }
+  const V kth = more > zero ? -next : last, outside = more > zero ? -last : next;
+  V theta = level + (search.at.excess + passed - search.budget) / k;
+  theta = tile.dual ? zero : theta;
+  const V bound = kth > theta ? kth : theta;
+  V fine = (theta <= kth ? one : zero) * (kth >= search.least ? one : zero);
+  fine = tile.dual ? one : fine;
+  const V done = fine * search.open;
+  const V middle = outside + (kth - outside) * T(0.5);
+  V level_next = middle < kth ? middle : outside;
+  level_next = level_next > theta ? level_next : theta;
+  const V tied = done * (kth == outside ? one : zero) * (outside > theta ? one : zero);
+  found->theta = done > zero ? theta : found->theta;
+  found->bound = done > zero ? bound : found->bound;
+  found->level = done > zero ? level_next : found->level;
+  found->tied = tied > zero ? one : found->tied;
+  search.open -= done;
+  // Fewer than k stay positive.
+  search.bare = search.open > zero ? one : search.bare;
+  search.stepped = zero;
+  search.level = kth > search.least ? kth : search.least;
+}
+
+// What was seen at search.level: lanes that are done, the others' next level. Flags are 0 or 1 and
+// joined by products: GCC 12 takes joined comparisons of 512 bits apart.
+template <class T, Isa isa>
+DASHPOT_INLINE void look(const Tile<T>& tile, int round, Search<T, isa>& search,
+                         Choice<T, isa>* found) {
+  using V = Vec<T, isa>;
+  const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
+  const V level = search.level, count = search.at.count, excess = search.at.excess;
+  const V some = count > zero ? count : one, lacks = one - (count > zero ? one : zero);
+  const V many = count > k ? one : zero, few = count < k ? one : zero;
+  // The sum is convex: a step of Newton's from anywhere lands before the root or on it.
+  V newton = level + (excess - search.budget) / some;
+  newton = lacks > zero ? search.least : newton;
+  newton = newton > search.least ? newton : search.least;
+  newton = tile.dual ? zero : newton;
+  const V left = newton >= level ? one : zero;
+
+  // k scores and their threshold is not above the level: they are the k largest, all positive.
+  const V low_enough = newton <= level ? one : zero;
+  const V exact = (one - many) * (one - few) * low_enough * search.open * (one - search.bare);
+  V bare = search.stepped + left;
+  bare = bare * (one - many) + search.bare;
+  search.bare = bare > zero ? one : zero;
+  // No other set of scores than before the step: its root. (A rounded step may fall short and bring
+  // a score back.)
+  V settled = count > search.before ? search.from_left : zero;
+  settled += count == search.before ? one : zero;
+  settled = lacks * left + (one - lacks) * settled * search.stepped;
+  settled = (tile.dual ? left : settled) * search.bare * (search.open - exact);
+  V root = lacks > zero ? level : newton;
+  root = tile.dual ? zero : root;
+  const V above_level = next_above<T, isa>(level);
+  found->theta = exact > zero ? newton : found->theta;
+  found->bound = exact > zero ? above_level : found->bound;
+  found->level = exact > zero ? level : found->level;
+  found->theta = settled > zero ? root : found->theta;
+  found->bound = settled > zero ? root : found->bound;
+  found->level = settled > zero ? root : found->level;
+  search.open -= exact + settled;
+
+  const V lower = few * (level < search.high ? one : zero);
+  search.low = many > zero ? level : search.low;
+  search.of_low = many > zero ? count : search.of_low;
+  search.high = lower > zero ? level : search.high;
+  search.of_high = lower > zero ? count : search.of_high;
+  search.excess_high = lower > zero ? excess : search.excess_high;
+
+  // As if scores thinned out exponentially, their mean excess being what it is; later by the
+  // bracket.
+  const V floor = search.low > search.least ? search.low : search.least;
+  const V width = search.high - floor, middle = floor + width * T(0.5);
+  V trial = level + excess * T(2) * (count - k) / (some * (count + k));
+  if (round >= 4) {
+    const V part = (search.of_low - k) / (search.of_low - search.of_high);
+    trial = round % 2 ? floor + width * part : middle;
+  }
+  trial = trial > floor ? trial : floor;
+  V step = newton > trial ? one : zero;
+  trial = newton > trial ? newton : trial;
+  V inside = (trial > search.low ? one : zero) * (trial < search.high ? one : zero);
+  trial = inside > zero ? trial : middle;
+  step *= inside;
+  // Neighbours in floating point: the scores equal to high are tied for the last.
+  inside = (trial > search.low ? one : zero) * (trial < search.high ? one : zero);
+  const V tied = (one - inside) * search.open * (one - search.bare);
+  V shared = search.high + (search.excess_high - search.budget) / k;
+  shared = tile.dual ? zero : shared;
+  found->theta = tied > zero ? shared : found->theta;
+  found->bound = tied > zero ? search.high : found->bound;
+  found->level = tied > zero ? search.high : found->level;
+  found->tied = tied > zero ? one : found->tied;
+  search.open -= tied;
+
+  step += search.bare;
+  search.stepped = step > zero ? one : zero;
+  search.level = search.bare > zero ? newton : trial;
+  search.before = count;
+  search.from_left = left;
 }
 
 template <class T, Isa isa>
 DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
   using V = Vec<T, isa>;
   constexpr int kWidth = kLanes<T, isa>;
-  const V infinity = fill<T, isa>(std::numeric_limits<T>::infinity());
-  const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
-  const V budget = tile.gamma * load<T, isa>(tile.mass), start = load<T, isa>(tile.level);
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  const V zero = {}, one = zero + T(1), infinity = zero + kInfinity, k = zero + T(tile.k);
+  V start = load<T, isa>(tile.level);
+  start = tile.dual ? (start > zero ? start : zero) : start;
   V highest = -infinity;
-  Above<T, isa> at{zero, zero};
+  Search<T, isa> search;
+  search.at = {zero, zero};
   for (int64_t i = 0; i < tile.m; ++i) {
     const V score = load<T, isa>(tile.scores + i * kWidth), gap = score - start;
     highest = score > highest ? score : highest;
-    at.excess += gap > zero ? gap : zero;
-    at.count += gap > zero ? one : zero;
+    search.at.excess += gap > zero ? gap : zero;
+    search.at.count += gap > zero ? one : zero;
   }
   const V dead = highest == -infinity ? one : zero;
-  const V least = highest - budget;
+  search.budget = tile.gamma * load<T, isa>(tile.mass);
+  search.least = tile.dual ? zero : highest - search.budget;
+  search.level = start;
+  search.low = -infinity;
+  search.high = highest;
+  search.of_low = zero + T(tile.m);
+  search.of_high = search.excess_high = zero;
+  search.open = dead > zero ? zero : one;
+  search.bare = tile.k < tile.m ? zero : one;
+  search.stepped = search.from_left = zero;
+  search.before = infinity;
   Choice<T, isa> found;
+  found.theta = found.level = -infinity;  // of dead lanes
+  found.bound = infinity;
   found.tied = zero;
-  // Last time's level still has k scores above it, and their threshold is not above it: they are
-  // the k largest and all stay positive.
-  const V cut = tile.dual ? zero : start + (at.excess - budget) / k;
-  V kept = at.count == k ? one : zero;
-  kept = cut <= start ? kept : zero;
-  kept = dead > zero ? one : kept;
-  if (tile.k < tile.m && !any<T, isa>(kept < one)) {
-    found.theta = dead > zero ? -infinity : cut;
-    found.bound = dead > zero ? infinity : next_after<T, isa>(start, infinity[0]);
-    found.level = start;
-    return found;
-  }
-  if (tile.dual) {
-    found.theta = zero;
-    at = above<T, isa>(tile, zero);
-  } else {
-    // The sum is convex: a step of Newton's from anywhere lands before the root or on it, as does
-    // highest - budget; from there on each step does.
-    const V step = start + (at.excess - budget) / (at.count > zero ? at.count : one);
-    found.theta = at.count > zero ? step : least;
-    found.theta = found.theta > least ? found.theta : least;
-    found.theta = dead > zero ? zero : found.theta;
-    // A rounded step may fall short and bring a score back: the count must fall for another one.
-    V before = infinity;
-    for (;;) {
-      at = above<T, isa>(tile, found.theta);
-      V moving = at.count > zero ? one : zero;
-      moving = at.count < before ? moving : zero;
-      const V ahead = found.theta + (at.excess - budget) / (at.count > zero ? at.count : one);
-      found.theta = moving > zero ? ahead : found.theta;
-      if (!any<T, isa>(moving > zero)) break;
-      before = at.count;
+  for (int round = 0;; ++round) {
+    const V before = search.level;
+    look<T, isa>(tile, round, search, &found);
+    if (!any<T, isa>(search.open > zero)) return found;
+    // A few scores away, all of them: count no more.
+    const V more = search.at.count - k, away = more > zero ? more : -more;
+    const V far = search.open * ((away > T(kNear) ? one : zero) + search.bare + search.stepped);
+    if (!any<T, isa>(far > zero)) {
+      search.level = before;
+      end_nearby<T, isa>(tile, search, &found);
+      if (!any<T, isa>(search.open > zero)) return found;
     }
+    search.at = above<T, isa>(tile, search.level);
   }
-  found.theta = dead > zero ? -infinity : found.theta;
-  found.bound = dead > zero ? infinity : found.theta;
-  found.level = found.theta;
-  V over = at.count > k ? one : zero;
-  over = dead > zero ? zero : over;
-  if (tile.k >= tile.m || !any<T, isa>(over > zero)) return found;
-
-  bound_by_count<T, isa>(tile, start, highest, over, at.count, &found);
-  if (!tile.dual) {
-    at = above<T, isa>(tile, found.bound);  // the bound itself counts as 0
-    const V theta = found.bound + (at.excess - budget) / k;
-    found.theta = found.bound > found.theta ? theta : found.theta;
-  }
-  return found;
 }
 
 }  // namespace dashpot::transport
