@@ -154,34 +154,67 @@ DASHPOT_INLINE Above<T, isa> above(const Tile<T>& tile, Vec<T, isa> level) {
   return {sums[0] + sums[1], counts[0] + counts[1]};
 }
 
+// Lanes as bits, all or none set. GCC 12 takes comparisons of 512 bits apart that are joined or
+// serve more than one choice: here each serves one, and what follows is bitwise.
+template <class T, Isa isa>
+using Bits = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, isa>;
+
+template <class T, Isa isa>
+DASHPOT_INLINE Bits<T, isa> higher(Vec<T, isa> x, Vec<T, isa> y) {
+  const Bits<T, isa> none = {};
+  return x > y ? ~none : none;
+}
+
+template <class T, Isa isa>
+DASHPOT_INLINE Vec<T, isa> select(Bits<T, isa> lanes, Vec<T, isa> x, Vec<T, isa> y) {
+  return reinterpret_cast<Vec<T, isa>>((lanes & reinterpret_cast<Bits<T, isa>>(x)) |
+                                       (~lanes & reinterpret_cast<Bits<T, isa>>(y)));
+}
+
+template <class T, Isa isa>
+DASHPOT_INLINE bool some_of(Bits<T, isa> lanes) {
+  uint64_t words[sizeof lanes / 8], all = 0;
+  __builtin_memcpy(words, &lanes, sizeof lanes);
+  for (const uint64_t word : words) all |= word;
+  return all != 0;
+}
+
 // The next number above x, finite.
 template <class T, Isa isa>
 DASHPOT_INLINE Vec<T, isa> next_above(Vec<T, isa> x) {
-  using Bits = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, isa>;
   const Vec<T, isa> zero = {};
-  const Bits bits = reinterpret_cast<Bits>(x + zero);  // -0 becomes 0
-  return reinterpret_cast<Vec<T, isa>>(x < zero ? bits - 1 : bits + 1);
+  const auto bits = reinterpret_cast<Bits<T, isa>>(x + zero);  // -0 becomes 0
+  return reinterpret_cast<Vec<T, isa>>(bits + 1 + 2 * higher<T, isa>(zero, x));
 }
 
 // A search at work, lane by lane: the scores above `level` were just looked at.
 template <class T, Isa isa>
 struct Search {
   using V = Vec<T, isa>;
+  using B = Bits<T, isa>;
   V budget, least;    // gamma b; theta without a bound is not less
   V level;            // last looked at, or to be looked at next
   Above<T, isa> at;   // there
-  V low, high;        // more than k scores lie above low, fewer above high
+  V low, high;        // more than k scores lie above low, fewer above high:
   V of_low, of_high;  // how many
   V excess_high;
-  V open;     // 1: not found yet
-  V bare;     // 1: at most k scores lie above theta without a bound, which is sought
-  V stepped;  // 1: level is a step of Newton's from where `before` scores were above,
+  B open;     // not found yet
+  B bare;     // at most k scores lie above theta without a bound, which is sought
+  B stepped;  // level is a step of Newton's from where `before` scores were above,
   V before;
-  V from_left;  // 1: and which lay before the root
+  B from_left;  // and which lay before the root
 };
 
 // The scores nearest to a level that are needed to end a search.
 inline constexpr int kNear = 4;
+
+template <class T, Isa isa>
+DASHPOT_INLINE void take(Bits<T, isa> lanes, Vec<T, isa> theta, Vec<T, isa> bound,
+                         Vec<T, isa> level, Choice<T, isa>* found) {
+  found->theta = select<T, isa>(lanes, theta, found->theta);
+  found->bound = select<T, isa>(lanes, bound, found->bound);
+  found->level = select<T, isa>(lanes, level, found->level);
+}
 
 // Open lanes have at most kNear scores more or less than k above their level: the k-th and the next
 // largest from the kNear + 1 scores next to it, above or below. One walk.
@@ -189,11 +222,14 @@ template <class T, Isa isa>
 DASHPOT_INLINE void end_nearby(const Tile<T>& tile, Search<T, isa>& search,
                                Choice<T, isa>* found) {
   using V = Vec<T, isa>;
+  using B = Bits<T, isa>;
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
   const V zero = {}, one = zero + T(1), k = zero + T(tile.k), lowest = zero - kInfinity;
   const V level = search.level, more = search.at.count - k;
-  const V sign = more > zero ? -one : one;  // above: the lowest first; below: the highest
-  const V limit = more > zero ? -level : next_above<T, isa>(level);
+  const B many = higher<T, isa>(more, zero);
+  // Above: the lowest first; below: the highest.
+  const V sign = select<T, isa>(many, -one, one);
+  const V limit = select<T, isa>(many, -level, next_above<T, isa>(level));
   V near[kNear + 1];
   for (V& one_of : near) one_of = lowest;
   for (int64_t i = 0; i < tile.m; ++i) {
@@ -206,82 +242,71 @@ DASHPOT_INLINE void end_nearby(const Tile<T>& tile, Search<T, isa>& search,
     }
   }
   // Signed, `steps` scores are passed: above they leave the sum, below they enter it.
-  const V steps = more > zero ? more : -more;
+  const V steps = more * -sign;
   V passed = zero, last = lowest, next = lowest;
   for (int q = 0; q <= kNear; ++q) {
     const V gap = near[q] - level * sign;
     passed += steps > T(q) ? gap : zero;
-    last = steps == T(q + 1) ? near[q] : last;
-    next = steps == T(q) ? near[q] : next;
+    last = steps > T(q) ? near[q] : last;
+    next = steps > T(q - 1) ? near[q] : next;
   }
-  const V kth = more > zero ? -next : last, outside = more > zero ? -last : next;
+  const V kth = select<T, isa>(many, -next, last), outside = select<T, isa>(many, -last, next);
   V theta = level + (search.at.excess + passed - search.budget) / k;
   theta = tile.dual ? zero : theta;
   const V bound = kth > theta ? kth : theta;
-  V fine = (theta <= kth ? one : zero) * (kth >= search.least ? one : zero);
-  fine = tile.dual ? one : fine;
-  const V done = fine * search.open;
+  const B short_of = higher<T, isa>(theta, kth) | higher<T, isa>(search.least, kth);
+  const B done = search.open & (tile.dual ? B{} - 1 : ~short_of);
   const V middle = outside + (kth - outside) * T(0.5);
   V level_next = middle < kth ? middle : outside;
   level_next = level_next > theta ? level_next : theta;
-  const V tied = done * (kth == outside ? one : zero) * (outside > theta ? one : zero);
-  found->theta = done > zero ? theta : found->theta;
-  found->bound = done > zero ? bound : found->bound;
-  found->level = done > zero ? level_next : found->level;
-  found->tied = tied > zero ? one : found->tied;
-  search.open -= done;
+  take<T, isa>(done, theta, bound, level_next, found);
+  const B tied = done & ~higher<T, isa>(kth, outside) & higher<T, isa>(outside, theta);
+  found->tied = select<T, isa>(tied, one, found->tied);
+  search.open &= ~done;
   // Fewer than k stay positive.
-  search.bare = search.open > zero ? one : search.bare;
-  search.stepped = zero;
+  search.bare |= search.open;
+  search.stepped = B{};
   search.level = kth > search.least ? kth : search.least;
 }
 
-// What was seen at search.level: lanes that are done, the others' next level. Flags are 0 or 1 and
-// joined by products: GCC 12 takes joined comparisons of 512 bits apart.
+// What was seen at search.level: lanes that are done, the others' next level.
 template <class T, Isa isa>
 DASHPOT_INLINE void look(const Tile<T>& tile, int round, Search<T, isa>& search,
                          Choice<T, isa>* found) {
   using V = Vec<T, isa>;
+  using B = Bits<T, isa>;
   const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
   const V level = search.level, count = search.at.count, excess = search.at.excess;
-  const V some = count > zero ? count : one, lacks = one - (count > zero ? one : zero);
-  const V many = count > k ? one : zero, few = count < k ? one : zero;
+  const V some = count > one ? count : one;
+  const B none = ~higher<T, isa>(count, zero);
+  const B many = higher<T, isa>(count, k), few = higher<T, isa>(k, count);
   // The sum is convex: a step of Newton's from anywhere lands before the root or on it.
   V newton = level + (excess - search.budget) / some;
-  newton = lacks > zero ? search.least : newton;
+  newton = select<T, isa>(none, search.least, newton);
   newton = newton > search.least ? newton : search.least;
   newton = tile.dual ? zero : newton;
-  const V left = newton >= level ? one : zero;
+  const B left = ~higher<T, isa>(level, newton);
 
   // k scores and their threshold is not above the level: they are the k largest, all positive.
-  const V low_enough = newton <= level ? one : zero;
-  const V exact = (one - many) * (one - few) * low_enough * search.open * (one - search.bare);
-  V bare = search.stepped + left;
-  bare = bare * (one - many) + search.bare;
-  search.bare = bare > zero ? one : zero;
+  const B exact = ~many & ~few & ~higher<T, isa>(newton, level) & search.open & ~search.bare;
+  search.bare |= (search.stepped | left) & ~many;
   // No other set of scores than before the step: its root. (A rounded step may fall short and bring
   // a score back.)
-  V settled = count > search.before ? search.from_left : zero;
-  settled += count == search.before ? one : zero;
-  settled = lacks * left + (one - lacks) * settled * search.stepped;
-  settled = (tile.dual ? left : settled) * search.bare * (search.open - exact);
-  V root = lacks > zero ? level : newton;
+  const B rose = higher<T, isa>(count, search.before), fell = higher<T, isa>(search.before, count);
+  const B same = (none & left) | (~none & search.stepped & ~fell & (search.from_left | ~rose));
+  const B settled = search.bare & search.open & ~exact & (tile.dual ? left : same);
+  V root = select<T, isa>(none, level, newton);
   root = tile.dual ? zero : root;
-  const V above_level = next_above<T, isa>(level);
-  found->theta = exact > zero ? newton : found->theta;
-  found->bound = exact > zero ? above_level : found->bound;
-  found->level = exact > zero ? level : found->level;
-  found->theta = settled > zero ? root : found->theta;
-  found->bound = settled > zero ? root : found->bound;
-  found->level = settled > zero ? root : found->level;
-  search.open -= exact + settled;
+  take<T, isa>(exact, newton, next_above<T, isa>(level), level, found);
+  take<T, isa>(settled, root, root, root, found);
+  search.open &= ~(exact | settled);
 
-  const V lower = few * (level < search.high ? one : zero);
-  search.low = many > zero ? level : search.low;
-  search.of_low = many > zero ? count : search.of_low;
-  search.high = lower > zero ? level : search.high;
-  search.of_high = lower > zero ? count : search.of_high;
-  search.excess_high = lower > zero ? excess : search.excess_high;
+  const B lower = few & higher<T, isa>(search.high, level);
+  search.low = select<T, isa>(many, level, search.low);
+  search.of_low = select<T, isa>(many, count, search.of_low);
+  search.high = select<T, isa>(lower, level, search.high);
+  search.of_high = select<T, isa>(lower, count, search.of_high);
+  search.excess_high = select<T, isa>(lower, excess, search.excess_high);
 
   // As if scores thinned out exponentially, their mean excess being what it is; later by the
   // bracket.
@@ -293,25 +318,21 @@ DASHPOT_INLINE void look(const Tile<T>& tile, int round, Search<T, isa>& search,
     trial = round % 2 ? floor + width * part : middle;
   }
   trial = trial > floor ? trial : floor;
-  V step = newton > trial ? one : zero;
-  trial = newton > trial ? newton : trial;
-  V inside = (trial > search.low ? one : zero) * (trial < search.high ? one : zero);
-  trial = inside > zero ? trial : middle;
-  step *= inside;
+  const B step = higher<T, isa>(newton, trial);
+  trial = select<T, isa>(step, newton, trial);
+  const B inside = higher<T, isa>(trial, search.low) & higher<T, isa>(search.high, trial);
+  trial = select<T, isa>(inside, trial, middle);
   // Neighbours in floating point: the scores equal to high are tied for the last.
-  inside = (trial > search.low ? one : zero) * (trial < search.high ? one : zero);
-  const V tied = (one - inside) * search.open * (one - search.bare);
+  const B apart = higher<T, isa>(trial, search.low) & higher<T, isa>(search.high, trial);
+  const B tied = ~apart & search.open & ~search.bare;
   V shared = search.high + (search.excess_high - search.budget) / k;
   shared = tile.dual ? zero : shared;
-  found->theta = tied > zero ? shared : found->theta;
-  found->bound = tied > zero ? search.high : found->bound;
-  found->level = tied > zero ? search.high : found->level;
-  found->tied = tied > zero ? one : found->tied;
-  search.open -= tied;
+  take<T, isa>(tied, shared, search.high, search.high, found);
+  found->tied = select<T, isa>(tied, one, found->tied);
+  search.open &= ~tied;
 
-  step += search.bare;
-  search.stepped = step > zero ? one : zero;
-  search.level = search.bare > zero ? newton : trial;
+  search.stepped = (step & inside) | search.bare;
+  search.level = select<T, isa>(search.bare, newton, trial);
   search.before = count;
   search.from_left = left;
 }
@@ -333,7 +354,6 @@ DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
     search.at.excess += gap > zero ? gap : zero;
     search.at.count += gap > zero ? one : zero;
   }
-  const V dead = highest == -infinity ? one : zero;
   search.budget = tile.gamma * load<T, isa>(tile.mass);
   search.least = tile.dual ? zero : highest - search.budget;
   search.level = start;
@@ -341,9 +361,10 @@ DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
   search.high = highest;
   search.of_low = zero + T(tile.m);
   search.of_high = search.excess_high = zero;
-  search.open = dead > zero ? zero : one;
-  search.bare = tile.k < tile.m ? zero : one;
-  search.stepped = search.from_left = zero;
+  const Bits<T, isa> none = {};
+  search.open = higher<T, isa>(highest, -infinity);  // others are dead
+  search.bare = tile.k < tile.m ? none : ~none;
+  search.stepped = search.from_left = none;
   search.before = infinity;
   Choice<T, isa> found;
   found.theta = found.level = -infinity;  // of dead lanes
@@ -352,14 +373,14 @@ DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
   for (int round = 0;; ++round) {
     const V before = search.level;
     look<T, isa>(tile, round, search, &found);
-    if (!any<T, isa>(search.open > zero)) return found;
+    if (!some_of<T, isa>(search.open)) return found;
     // A few scores away, all of them: count no more.
     const V more = search.at.count - k, away = more > zero ? more : -more;
-    const V far = search.open * ((away > T(kNear) ? one : zero) + search.bare + search.stepped);
-    if (!any<T, isa>(far > zero)) {
+    const auto far = higher<T, isa>(away, zero + T(kNear)) | search.bare | search.stepped;
+    if (!some_of<T, isa>(far & search.open)) {
       search.level = before;
       end_nearby<T, isa>(tile, search, &found);
-      if (!any<T, isa>(search.open > zero)) return found;
+      if (!some_of<T, isa>(search.open)) return found;
     }
     search.at = above<T, isa>(tile, search.level);
   }
