@@ -162,7 +162,8 @@ using Bits = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, isa>;
 template <class T, Isa isa>
 DASHPOT_INLINE Bits<T, isa> higher(Vec<T, isa> x, Vec<T, isa> y) {
   const Bits<T, isa> none = {};
-  return x > y ? ~none : none;
+  const auto all = reinterpret_cast<Vec<T, isa>>(~none);  // floats: GCC 12 takes integers apart
+  return reinterpret_cast<Bits<T, isa>>(x > y ? all : reinterpret_cast<Vec<T, isa>>(none));
 }
 
 template <class T, Isa isa>
@@ -219,8 +220,7 @@ DASHPOT_INLINE void take(Bits<T, isa> lanes, Vec<T, isa> theta, Vec<T, isa> boun
 // Open lanes have at most kNear scores more or less than k above their level: the k-th and the next
 // largest from the kNear + 1 scores next to it, above or below. One walk.
 template <class T, Isa isa>
-DASHPOT_INLINE void end_nearby(const Tile<T>& tile, Search<T, isa>& search,
-                               Choice<T, isa>* found) {
+DASHPOT_INLINE void end_nearby(const Tile<T>& tile, Search<T, isa>& search, Choice<T, isa>* found) {
   using V = Vec<T, isa>;
   using B = Bits<T, isa>;
   constexpr T kInfinity = std::numeric_limits<T>::infinity();
