@@ -12,7 +12,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <type_traits>
 
 #include "common/simd.h"
 #include "transport/problem.h"
@@ -154,236 +153,147 @@ DASHPOT_INLINE Above<T, isa> above(const Tile<T>& tile, Vec<T, isa> level) {
   return {sums[0] + sums[1], counts[0] + counts[1]};
 }
 
-// Lanes as bits, all or none set. GCC 12 takes comparisons of 512 bits apart that are joined or
-// serve more than one choice: here each serves one, and what follows is bitwise.
+// How many scores lie above `level`, and its neighbours among them: the lowest above it and the
+// highest that is not.
 template <class T, Isa isa>
-using Bits = Vec<std::conditional_t<sizeof(T) == 8, int64_t, int32_t>, isa>;
-
-template <class T, Isa isa>
-DASHPOT_INLINE Bits<T, isa> higher(Vec<T, isa> x, Vec<T, isa> y) {
-  const Bits<T, isa> none = {};
-  const auto all = reinterpret_cast<Vec<T, isa>>(~none);  // floats: GCC 12 takes integers apart
-  return reinterpret_cast<Bits<T, isa>>(x > y ? all : reinterpret_cast<Vec<T, isa>>(none));
-}
-
-template <class T, Isa isa>
-DASHPOT_INLINE Vec<T, isa> select(Bits<T, isa> lanes, Vec<T, isa> x, Vec<T, isa> y) {
-  return reinterpret_cast<Vec<T, isa>>((lanes & reinterpret_cast<Bits<T, isa>>(x)) |
-                                       (~lanes & reinterpret_cast<Bits<T, isa>>(y)));
-}
-
-template <class T, Isa isa>
-DASHPOT_INLINE bool some_of(Bits<T, isa> lanes) {
-  uint64_t words[sizeof lanes / 8], all = 0;
-  __builtin_memcpy(words, &lanes, sizeof lanes);
-  for (const uint64_t word : words) all |= word;
-  return all != 0;
-}
-
-// The next number above x, finite.
-template <class T, Isa isa>
-DASHPOT_INLINE Vec<T, isa> next_above(Vec<T, isa> x) {
-  const Vec<T, isa> zero = {};
-  const auto bits = reinterpret_cast<Bits<T, isa>>(x + zero);  // -0 becomes 0
-  return reinterpret_cast<Vec<T, isa>>(bits + 1 + 2 * higher<T, isa>(zero, x));
-}
-
-// A search at work, lane by lane: the scores above `level` were just looked at.
-template <class T, Isa isa>
-struct Search {
+DASHPOT_INLINE Vec<T, isa> count_around(const Tile<T>& tile, Vec<T, isa> level, Vec<T, isa>* up,
+                                        Vec<T, isa>* down) {
   using V = Vec<T, isa>;
-  using B = Bits<T, isa>;
-  V budget, least;    // gamma b; theta without a bound is not less
-  V level;            // last looked at, or to be looked at next
-  Above<T, isa> at;   // there
-  V low, high;        // more than k scores lie above low, fewer above high:
-  V of_low, of_high;  // how many
-  V excess_high;
-  B open;     // not found yet
-  B bare;     // at most k scores lie above theta without a bound, which is sought
-  B stepped;  // level is a step of Newton's from where `before` scores were above,
-  V before;
-  B from_left;  // and which lay before the root
-};
-
-// The scores nearest to a level that are needed to end a search.
-inline constexpr int kNear = 4;
-
-template <class T, Isa isa>
-DASHPOT_INLINE void take(Bits<T, isa> lanes, Vec<T, isa> theta, Vec<T, isa> bound,
-                         Vec<T, isa> level, Choice<T, isa>* found) {
-  found->theta = select<T, isa>(lanes, theta, found->theta);
-  found->bound = select<T, isa>(lanes, bound, found->bound);
-  found->level = select<T, isa>(lanes, level, found->level);
-}
-
-// Open lanes have at most kNear scores more or less than k above their level: the k-th and the next
-// largest from the kNear + 1 scores next to it, above or below. One walk.
-template <class T, Isa isa>
-DASHPOT_INLINE void end_nearby(const Tile<T>& tile, Search<T, isa>& search, Choice<T, isa>* found) {
-  using V = Vec<T, isa>;
-  using B = Bits<T, isa>;
-  constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  const V zero = {}, one = zero + T(1), k = zero + T(tile.k), lowest = zero - kInfinity;
-  const V level = search.level, more = search.at.count - k;
-  const B many = higher<T, isa>(more, zero);
-  // Above: the lowest first; below: the highest.
-  const V sign = select<T, isa>(many, -one, one);
-  const V limit = select<T, isa>(many, -level, next_above<T, isa>(level));
-  V near[kNear + 1];
-  for (V& one_of : near) one_of = lowest;
+  const V infinity = fill<T, isa>(std::numeric_limits<T>::infinity()), zero = {}, one = zero + T(1);
+  V count = zero, lowest = infinity, highest = -infinity;
   for (int64_t i = 0; i < tile.m; ++i) {
-    const V score = load<T, isa>(tile.scores + i * kLanes<T, isa>) * sign;
-    V falling = score < limit ? score : lowest;
-    for (V& one_of : near) {
-      const V higher = one_of > falling ? one_of : falling;
-      falling = one_of > falling ? falling : one_of;
-      one_of = higher;
-    }
+    const V score = load<T, isa>(tile.scores + i * kLanes<T, isa>);
+    const V over = score > level ? score : infinity, under = score > level ? -infinity : score;
+    count += score > level ? one : zero;
+    lowest = over < lowest ? over : lowest;
+    highest = under > highest ? under : highest;
   }
-  // Signed, `steps` scores are passed: above they leave the sum, below they enter it.
-  const V steps = more * -sign;
-  V passed = zero, last = lowest, next = lowest;
-  for (int q = 0; q <= kNear; ++q) {
-    const V gap = near[q] - level * sign;
-    passed += steps > T(q) ? gap : zero;
-    last = steps > T(q) ? near[q] : last;
-    next = steps > T(q - 1) ? near[q] : next;
-  }
-  const V kth = select<T, isa>(many, -next, last), outside = select<T, isa>(many, -last, next);
-  V theta = level + (search.at.excess + passed - search.budget) / k;
-  theta = tile.dual ? zero : theta;
-  const V bound = kth > theta ? kth : theta;
-  const B short_of = higher<T, isa>(theta, kth) | higher<T, isa>(search.least, kth);
-  const B done = search.open & (tile.dual ? B{} - 1 : ~short_of);
-  const V middle = outside + (kth - outside) * T(0.5);
-  V level_next = middle < kth ? middle : outside;
-  level_next = level_next > theta ? level_next : theta;
-  take<T, isa>(done, theta, bound, level_next, found);
-  const B tied = done & ~higher<T, isa>(kth, outside) & higher<T, isa>(outside, theta);
-  found->tied = select<T, isa>(tied, one, found->tied);
-  search.open &= ~done;
-  // Fewer than k stay positive.
-  search.bare |= search.open;
-  search.stepped = B{};
-  search.level = kth > search.least ? kth : search.least;
+  *up = lowest;
+  *down = highest;
+  return count;
 }
 
-// What was seen at search.level: lanes that are done, the others' next level.
 template <class T, Isa isa>
-DASHPOT_INLINE void look(const Tile<T>& tile, int round, Search<T, isa>& search,
-                         Choice<T, isa>* found) {
-  using V = Vec<T, isa>;
-  using B = Bits<T, isa>;
-  const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
-  const V level = search.level, count = search.at.count, excess = search.at.excess;
-  const V some = count > one ? count : one;
-  const B none = ~higher<T, isa>(count, zero);
-  const B many = higher<T, isa>(count, k), few = higher<T, isa>(k, count);
-  // The sum is convex: a step of Newton's from anywhere lands before the root or on it.
-  V newton = level + (excess - search.budget) / some;
-  newton = select<T, isa>(none, search.least, newton);
-  newton = newton > search.least ? newton : search.least;
-  newton = tile.dual ? zero : newton;
-  const B left = ~higher<T, isa>(level, newton);
-
-  // k scores and their threshold is not above the level: they are the k largest, all positive.
-  const B exact = ~many & ~few & ~higher<T, isa>(newton, level) & search.open & ~search.bare;
-  search.bare |= (search.stepped | left) & ~many;
-  // No other set of scores than before the step: its root. (A rounded step may fall short and bring
-  // a score back.)
-  const B rose = higher<T, isa>(count, search.before), fell = higher<T, isa>(search.before, count);
-  const B same = (none & left) | (~none & search.stepped & ~fell & (search.from_left | ~rose));
-  const B settled = search.bare & search.open & ~exact & (tile.dual ? left : same);
-  V root = select<T, isa>(none, level, newton);
-  root = tile.dual ? zero : root;
-  take<T, isa>(exact, newton, next_above<T, isa>(level), level, found);
-  take<T, isa>(settled, root, root, root, found);
-  search.open &= ~(exact | settled);
-
-  const B lower = few & higher<T, isa>(search.high, level);
-  search.low = select<T, isa>(many, level, search.low);
-  search.of_low = select<T, isa>(many, count, search.of_low);
-  search.high = select<T, isa>(lower, level, search.high);
-  search.of_high = select<T, isa>(lower, count, search.of_high);
-  search.excess_high = select<T, isa>(lower, excess, search.excess_high);
-
-  // As if scores thinned out exponentially, their mean excess being what it is; later by the
-  // bracket.
-  const V floor = search.low > search.least ? search.low : search.least;
-  const V width = search.high - floor, middle = floor + width * T(0.5);
-  V trial = level + excess * T(2) * (count - k) / (some * (count + k));
-  if (round >= 4) {
-    const V part = (search.of_low - k) / (search.of_low - search.of_high);
-    trial = round % 2 ? floor + width * part : middle;
+DASHPOT_INLINE Vec<T, isa> next_after(Vec<T, isa> x, T towards) {
+  for (int lane = 0; lane < kLanes<T, isa>; ++lane) {
+    x[lane] = std::nextafter(static_cast<T>(x[lane]), towards);
   }
-  trial = trial > floor ? trial : floor;
-  const B step = higher<T, isa>(newton, trial);
-  trial = select<T, isa>(step, newton, trial);
-  const B inside = higher<T, isa>(trial, search.low) & higher<T, isa>(search.high, trial);
-  trial = select<T, isa>(inside, trial, middle);
-  // Neighbours in floating point: the scores equal to high are tied for the last.
-  const B apart = higher<T, isa>(trial, search.low) & higher<T, isa>(search.high, trial);
-  const B tied = ~apart & search.open & ~search.bare;
-  V shared = search.high + (search.excess_high - search.budget) / k;
-  shared = tile.dual ? zero : shared;
-  take<T, isa>(tied, shared, search.high, search.high, found);
-  found->tied = select<T, isa>(tied, one, found->tied);
-  search.open &= ~tied;
+  return x;
+}
 
-  search.stepped = (step & inside) | search.bare;
-  search.level = select<T, isa>(search.bare, newton, trial);
-  search.before = count;
-  search.from_left = left;
+// `found`'s theta is that without a bound, and more than k scores lie above it in some lanes: their
+// k-th largest score. It lies in (low, high], more than k scores above low, fewer above high. The
+// search begins at the last evaluation's level and walks from score to score while it is near;
+// else by halves in turn with a guess from the counts: towards the ends neither may stall.
+template <class T, Isa isa>
+DASHPOT_INLINE void bound_by_count(const Tile<T>& tile, Vec<T, isa> start, Vec<T, isa> highest,
+                                   Vec<T, isa> over, Vec<T, isa> count, Choice<T, isa>* found) {
+  using V = Vec<T, isa>;
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
+  V low = found->theta, high = highest, of_low = count, of_high = zero, next = start;
+  for (int round = 0; any<T, isa>(over > zero); ++round) {
+    const V part = (of_low - k) / (of_low - of_high);
+    const V middle = low + (high - low) * T(0.5);
+    const V guess = round % 2 ? low + (high - low) * part : middle;
+    V trial = next > low ? next : guess;
+    trial = trial < high ? trial : guess;
+    trial = trial > low ? trial : middle;
+    trial = trial < high ? trial : middle;
+    V inside = trial > low ? one : zero;
+    inside = trial < high ? inside : zero;
+    V up, down;
+    count = count_around<T, isa>(tile, trial, &up, &down);
+    const V many = count > k ? inside : zero, few = count < k ? inside : zero;
+    low = many > zero ? trial : low;
+    of_low = many > zero ? count : of_low;
+    high = few > zero ? trial : high;
+    of_high = few > zero ? count : of_high;
+    const V gap = count > k ? count - k : k - count;
+    const V step = count > k ? up : next_after<T, isa>(down, -kInfinity);
+    next = gap <= T(8) ? step : zero + kInfinity;
+    // Not inside: neighbours in floating point; the scores equal to high are tied for the last.
+    const V exact = count == k ? inside : zero;
+    const V just_above = next_after<T, isa>(trial, kInfinity);
+    V done = over > zero ? exact : zero;
+    found->bound = done > zero ? just_above : found->bound;
+    found->level = done > zero ? trial : found->level;
+    over = done > zero ? zero : over;
+    done = inside > zero ? zero : over;
+    found->bound = done > zero ? high : found->bound;
+    found->level = done > zero ? high : found->level;
+    found->tied = done > zero ? one : found->tied;
+    over = done > zero ? zero : over;
+  }
 }
 
 template <class T, Isa isa>
 DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
   using V = Vec<T, isa>;
   constexpr int kWidth = kLanes<T, isa>;
-  constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  const V zero = {}, one = zero + T(1), infinity = zero + kInfinity, k = zero + T(tile.k);
-  V start = load<T, isa>(tile.level);
-  start = tile.dual ? (start > zero ? start : zero) : start;
+  const V infinity = fill<T, isa>(std::numeric_limits<T>::infinity());
+  const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
+  const V budget = tile.gamma * load<T, isa>(tile.mass), start = load<T, isa>(tile.level);
   V highest = -infinity;
-  Search<T, isa> search;
-  search.at = {zero, zero};
+  Above<T, isa> at{zero, zero};
   for (int64_t i = 0; i < tile.m; ++i) {
     const V score = load<T, isa>(tile.scores + i * kWidth), gap = score - start;
     highest = score > highest ? score : highest;
-    search.at.excess += gap > zero ? gap : zero;
-    search.at.count += gap > zero ? one : zero;
+    at.excess += gap > zero ? gap : zero;
+    at.count += gap > zero ? one : zero;
   }
-  search.budget = tile.gamma * load<T, isa>(tile.mass);
-  search.least = tile.dual ? zero : highest - search.budget;
-  search.level = start;
-  search.low = -infinity;
-  search.high = highest;
-  search.of_low = zero + T(tile.m);
-  search.of_high = search.excess_high = zero;
-  const Bits<T, isa> none = {};
-  search.open = higher<T, isa>(highest, -infinity);  // others are dead
-  search.bare = tile.k < tile.m ? none : ~none;
-  search.stepped = search.from_left = none;
-  search.before = infinity;
+  const V dead = highest == -infinity ? one : zero;
+  const V least = highest - budget;
   Choice<T, isa> found;
-  found.theta = found.level = -infinity;  // of dead lanes
-  found.bound = infinity;
   found.tied = zero;
-  for (int round = 0;; ++round) {
-    const V before = search.level;
-    look<T, isa>(tile, round, search, &found);
-    if (!some_of<T, isa>(search.open)) return found;
-    // A few scores away, all of them: count no more.
-    const V more = search.at.count - k, away = more > zero ? more : -more;
-    const auto far = higher<T, isa>(away, zero + T(kNear)) | search.bare | search.stepped;
-    if (!some_of<T, isa>(far & search.open)) {
-      search.level = before;
-      end_nearby<T, isa>(tile, search, &found);
-      if (!some_of<T, isa>(search.open)) return found;
-    }
-    search.at = above<T, isa>(tile, search.level);
+  // Last time's level still has k scores above it, and their threshold is not above it: they are
+  // the k largest and all stay positive.
+  const V cut = tile.dual ? zero : start + (at.excess - budget) / k;
+  V kept = at.count == k ? one : zero;
+  kept = cut <= start ? kept : zero;
+  kept = dead > zero ? one : kept;
+  if (tile.k < tile.m && !any<T, isa>(kept < one)) {
+    found.theta = dead > zero ? -infinity : cut;
+    found.bound = dead > zero ? infinity : next_after<T, isa>(start, infinity[0]);
+    found.level = start;
+    return found;
   }
+  if (tile.dual) {
+    found.theta = zero;
+    at = above<T, isa>(tile, zero);
+  } else {
+    // The sum is convex: a step of Newton's from anywhere lands before the root or on it, as does
+    // highest - budget; from there on each step does.
+    const V step = start + (at.excess - budget) / (at.count > zero ? at.count : one);
+    found.theta = at.count > zero ? step : least;
+    found.theta = found.theta > least ? found.theta : least;
+    found.theta = dead > zero ? zero : found.theta;
+    // A rounded step may fall short and bring a score back: the count must fall for another one.
+    V before = infinity;
+    for (;;) {
+      at = above<T, isa>(tile, found.theta);
+      V moving = at.count > zero ? one : zero;
+      moving = at.count < before ? moving : zero;
+      const V ahead = found.theta + (at.excess - budget) / (at.count > zero ? at.count : one);
+      found.theta = moving > zero ? ahead : found.theta;
+      if (!any<T, isa>(moving > zero)) break;
+      before = at.count;
+    }
+  }
+  found.theta = dead > zero ? -infinity : found.theta;
+  found.bound = dead > zero ? infinity : found.theta;
+  found.level = found.theta;
+  V over = at.count > k ? one : zero;
+  over = dead > zero ? zero : over;
+  if (tile.k >= tile.m || !any<T, isa>(over > zero)) return found;
+
+  bound_by_count<T, isa>(tile, start, highest, over, at.count, &found);
+  if (!tile.dual) {
+    at = above<T, isa>(tile, found.bound);  // the bound itself counts as 0
+    const V theta = found.bound + (at.excess - budget) / k;
+    found.theta = found.bound > found.theta ? theta : found.theta;
+  }
+  return found;
 }
 
 }  // namespace dashpot::transport
