@@ -15,12 +15,38 @@
 namespace dashpot::transport {
 namespace {
 
+// to[i]: how many of v (count,) are higher than v[i]; both with room for whole vectors.
+template <class T>
+struct CountHigher {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const T* v, int64_t count, T* to) {
+    constexpr int kWidth = kLanes<T, isa>;
+    const Vec<T, isa> zero = {}, one = zero + T(1);
+    for (int64_t i = 0; i < count; i += kWidth) {
+      const Vec<T, isa> own = load<T, isa>(v + i);
+      Vec<T, isa> higher = zero;
+      for (int64_t j = 0; j < count; ++j) higher += zero + v[j] > own ? one : zero;
+      store<T, isa>(to + i, higher);
+    }
+  }
+};
+
+inline constexpr int64_t kRanked = 256;  // entries up to which counting beats sorting
+
+// Room to put a column in order.
+template <class T>
+struct Order {
+  std::vector<int32_t> rows;
+  std::vector<T> scores, places;
+  explicit Order(int64_t m) : rows(m + 1), scores(m + kMaxLanes), places(m + kMaxLanes) {}
+};
+
 // Column `lane` of a solved tile into rows, values (k,), n apart.
 template <class T>
 void write_column(const Options& options, const Tile<T>& tile, int64_t lane, int64_t lanes,
-                  std::vector<int32_t>& order, int32_t* rows, T* values) {
+                  Order<T>& order, int32_t* rows, T* values) {
   const int64_t m = options.m, n = options.n, k = options.k;
-  const T theta = tile.theta[lane], gamma = tile.gamma;
+  const T theta = tile.theta[lane], bound = tile.bound[lane], gamma = tile.gamma;
   const auto score = [&](int32_t i) { return tile.scores[i * lanes + lane]; };
   if (options.reg == Reg::kNegentropy) {
     const bool open = options.dual || (tile.mass[lane] > 0 && std::isfinite(theta));
@@ -32,22 +58,38 @@ void write_column(const Options& options, const Tile<T>& tile, int64_t lane, int
     }
     return;
   }
-  order.clear();
-  for (int64_t i = 0; i < m; ++i) {
-    if (score(i) > theta) order.push_back(static_cast<int32_t>(i));
+  int32_t* const chosen = order.rows.data();
+  int64_t count = 0;
+  for (int32_t i = 0; i < m; ++i) {  // without a branch: which are chosen follows no pattern
+    chosen[count] = i;
+    count += static_cast<int64_t>(score(i) > theta) & static_cast<int64_t>(score(i) >= bound);
   }
   const auto before = [&](int32_t i, int32_t j) {
     return score(i) > score(j) || (score(i) == score(j) && i < j);
   };
-  if (static_cast<int64_t>(order.size()) > k) {
-    std::nth_element(order.begin(), order.begin() + k, order.end(), before);
-    order.resize(k);
+  if (count > k) {  // tied for the last: the first rows
+    std::nth_element(chosen, chosen + k, chosen + count, before);
+    std::sort(chosen, chosen + k);
+    count = k;
   }
-  std::sort(order.begin(), order.end(), before);
-  for (int64_t q = 0; q < k; ++q) {
-    const bool filled = q < static_cast<int64_t>(order.size());
-    rows[q * n] = filled ? order[q] : -1;
-    values[q * n] = filled ? (score(order[q]) - theta) / gamma : T(0);
+  const auto write = [&](int64_t q, int32_t i) {
+    rows[q * n] = i;
+    values[q * n] = (score(i) - theta) / gamma;
+  };
+  for (int64_t q = 0; q < k; ++q) rows[q * n] = -1;
+  for (int64_t q = count; q < k; ++q) values[q * n] = 0;
+  if (count > kRanked) {
+    std::sort(chosen, chosen + count, before);
+    for (int64_t q = 0; q < count; ++q) write(q, chosen[q]);
+    return;
+  }
+  T* const scores = order.scores.data();
+  for (int64_t q = 0; q < count; ++q) scores[q] = score(chosen[q]);
+  run_on_isa<CountHigher<T>>(static_cast<const T*>(scores), count, order.places.data());
+  for (int64_t q = 0; q < count; ++q) {
+    int64_t place = static_cast<int64_t>(order.places[q]);
+    while (rows[place * n] >= 0) ++place;  // of equal scores the first rows first
+    write(place, chosen[q]);
   }
 }
 
@@ -72,7 +114,7 @@ std::tuple<Tensor, Tensor> ot_plan_forward(const Tensor& cost, const Tensor& b, 
       const int64_t p = item / chunks, begin = item % chunks * width;
       std::vector<double> row_sums(m);
       std::vector<T> column(n);
-      std::vector<int32_t> order;
+      Order<T> order(m);
       evaluate_columns<T, C>(options, alpha.as<T>() + p * m,
                              options.dual ? beta.as<T>() + p * n : nullptr, b.as<T>() + p * n,
                              all.at(p, m * n), begin, std::min(n, begin + width), row_sums.data(),

@@ -58,10 +58,11 @@ DASHPOT_HD Progress adam(Vectors& vectors, Function& function, double* room, dou
     }
     decay1 *= 0.9;
     decay2 *= 0.999;
+    const double length = settings.lr / (1 - decay1), unbiased = 1 / (1 - decay2);
     vectors.each(n, [&](int64_t i) {
       first[i] += 0.1 * (g[i] - first[i]);
       second[i] += 0.001 * (g[i] * g[i] - second[i]);
-      x[i] -= settings.lr * (first[i] / (1 - decay1)) / (::sqrt(second[i] / (1 - decay2)) + 1e-8);
+      x[i] -= length * first[i] / (::sqrt(second[i] * unbiased) + 1e-8);
     });
     ++done.iterations;
   }
