@@ -1,4 +1,9 @@
-"""nt_xent, forward and backward, against lightly's loss and plain PyTorch with subject masks."""
+"""nt_xent, forward and backward, against lightly's and pytorch-metric-learning's losses, which know
+no subjects, and plain PyTorch with subject masks.
+
+pytorch-metric-learning forms a matrix (positive pairs, negative pairs): 2B by 4B^2 numbers, 0.5 GB
+at B = 256 and 2.2 TB at B = 4096, so it is listed up to B = 256.
+"""
 
 import torch
 from dashpot._measure import Peer
@@ -7,7 +12,7 @@ from torch.nn import functional
 from bench import peers
 
 OP = "nt_xent"
-SIZES = {torch.float32: [(256, 128), (2048, 128)], torch.bfloat16: [(2048, 128)]}
+SIZES = {torch.float32: [(256, 128), (2048, 128), (4096, 128)], torch.bfloat16: [(2048, 128)]}
 GRADIENT = (0, 1)
 
 
@@ -36,6 +41,13 @@ def lightly(z1, z2, *_):
         return torch.autograd.grad(loss, (z1, z2))
 
 
+def metric_learning(z1, z2, *_):
+    loss = peers.load("pytorch_metric_learning.losses").NTXentLoss(0.2)
+    labels = torch.arange(len(z1), device=z1.device).repeat(2)
+    with torch.enable_grad():
+        return torch.autograd.grad(loss(torch.cat([z1, z2]), labels), (z1, z2))
+
+
 PEERS = {
     "plain PyTorch": Peer(plain),
     "torch.compile": Peer(
@@ -43,6 +55,11 @@ PEERS = {
     ),
     # without subjects: less work
     "lightly": Peer(lightly, lambda *_: peers.has("lightly"), checked=False),
+    "pytorch-metric-learning": Peer(
+        metric_learning,
+        lambda size, *_: size[0] <= 256 and peers.has("pytorch_metric_learning"),
+        checked=False,
+    ),
 }
 
 

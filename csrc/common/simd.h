@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "common/dtype.h"
 
@@ -156,15 +157,35 @@ DASHPOT_INLINE Vec<To, isa> load_as(const From* from) {
   }
 }
 
-// Sum of the lanes in float64, pairwise: the order is the same on every run.
+// The first (or last) half of a vector's numbers.
+template <bool last, class V, int... i>
+DASHPOT_INLINE auto half_of(V value, std::integer_sequence<int, i...>) {
+  constexpr int first = last ? sizeof...(i) : 0;
+  return __builtin_shufflevector(value, value, (first + i)...);
+}
+
+template <int count, class V>
+DASHPOT_INLINE double sum_halves(V value) {
+  if constexpr (count == 2) {
+    return value[0] + value[1];
+  } else {
+    constexpr auto half = std::make_integer_sequence<int, count / 2>();
+    return sum_halves<count / 2>(half_of<false>(value, half) + half_of<true>(value, half));
+  }
+}
+
+// Sum of the lanes in float64, pairwise: lane i and i + half, over and over, on every run.
 template <class T, Isa isa>
 DASHPOT_INLINE double sum_lanes(Vec<T, isa> value) {
-  double lanes[kLanes<T, isa>];
-  for (int i = 0; i < kLanes<T, isa>; ++i) lanes[i] = static_cast<double>(value[i]);
-  for (int half = kLanes<T, isa> / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  constexpr int kCount = kLanes<T, isa>;
+  if constexpr (std::is_same_v<T, double>) {
+    return sum_halves<kCount>(value);
+  } else {
+    constexpr auto half = std::make_integer_sequence<int, kCount / 2>();
+    using Wide = Vec<double, isa>;
+    return sum_halves<kCount / 2>(__builtin_convertvector(half_of<false>(value, half), Wide) +
+                                  __builtin_convertvector(half_of<true>(value, half), Wide));
   }
-  return lanes[0];
 }
 
 // Elements of a storage type converted to another: to[0..n) = from[0..n).

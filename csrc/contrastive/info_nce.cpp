@@ -125,7 +125,8 @@ std::tuple<Maybe, Maybe, Maybe> info_nce_backward(const Tensor& grad_loss, const
     // Sums before the factor c: the scale's gradient is sum_i u_i . (sum_j W_ij v_j).
     const Grads<Work> rows(problem.rows, {grad_query.has_value() || for_scale});
     const Grads<Work> keys(problem.keys, {grad_key.has_value()});
-    add_gradients(problem, row_weights, key_weights, rows, keys);
+    add_gradients(problem, row_weights, key_weights, rows, keys,
+                  [](const Site&, const Tile<Work>&) {});
     double total = 0;
     for (int64_t i = 0; i < b; ++i) {
       const int64_t at = call.positive(i);

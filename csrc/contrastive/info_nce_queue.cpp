@@ -84,7 +84,7 @@ std::tuple<Maybe, Maybe> info_nce_queue_backward(const Tensor& grad_loss, const 
     }
     const Grads<Work> rows(problem.rows, {grad_query.has_value()});
     const Grads<Work> own({&call.key}, {grad_key.has_value()}), none(problem.keys, {false});
-    add_gradients(problem, weights, weights, rows, none);
+    add_gradients(problem, weights, weights, rows, none, [](const Site&, const Tile<Work>&) {});
     for (int64_t i = 0; i < call.query.rows; ++i) {
       const double weight = g[i] * (std::exp(call.own_logit(i) - lse.as<const Work>()[i]) - 1);
       if (grad_query) add_scaled(call.query.row_of(rows.of(0), i), call.key.row(i), weight);

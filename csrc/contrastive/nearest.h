@@ -56,6 +56,19 @@ struct Peaks {
   alignas(64) Code<Work> place[kMaxPanel];
 };
 
+// The lanes' maximum, minimum, ..: lanes i and i + half, over and over.
+template <class T, Isa isa, class Pick, int half = kLanes<T, isa> / 2>
+DASHPOT_INLINE T over_lanes(Vec<T, isa> value, const Pick& pick) {
+  Vec<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>, isa> other{};
+  for (int i = 0; i < kLanes<T, isa>; ++i) other[i] = i ^ half;
+  const Vec<T, isa> best = pick(value, __builtin_shuffle(value, other));
+  if constexpr (half == 1) {
+    return best[0];
+  } else {
+    return over_lanes<T, isa, Pick, half / 2>(best, pick);
+  }
+}
+
 // columns are read in whole vectors, also those beyond the last.
 template <class Work>
 struct FindPeaks {
@@ -82,13 +95,10 @@ struct FindPeaks {
         store<Code<Work>, isa>(columns->place + j, x > old ? row : old_row);
         store<Work, isa>(columns->value + j, x > old ? x : old);
       }
-      Work value = most[0];
-      Code<Work> place = where[0];
-      for (int lane = 1; lane < kStep; ++lane) {
-        const bool better = most[lane] > value || (most[lane] == value && where[lane] < place);
-        value = better ? most[lane] : value;
-        place = better ? where[lane] : place;
-      }
+      const Work value = over_lanes<Work, isa>(most, [](auto x, auto y) { return x > y ? x : y; });
+      const Places none = Places{} + std::numeric_limits<Code<Work>>::max();
+      const Code<Work> place = over_lanes<Code<Work>, isa>(
+          most == value ? where : none, [](auto x, auto y) { return x < y ? x : y; });
       rows->value[i] = value;
       rows->place[i] = place;
     }
@@ -140,8 +150,8 @@ void offer_tile(const Tile<Work>& tile, int64_t first_row, int64_t first_key, in
 template <class Work>
 struct Distance {
   template <Isa isa>
-  static DASHPOT_INLINE void run(const Row<const Work>* x, const Row<const Work>* y, Work eps,
-                                 double* square) {
+  static DASHPOT_INLINE void run(const Row<const Work>* x, const Row<const Work>* y, int64_t dim,
+                                 Work eps, double* result) {
     Vec<Work, isa> sum{};
     for (int64_t strip = 0; strip < x->count; ++strip) {
       for (int64_t k = 0; k < kStrip; k += kLanes<Work, isa>) {
@@ -150,33 +160,39 @@ struct Distance {
         sum += difference * difference;
       }
     }
-    *square = sum_lanes<Work, isa>(sum);
+    // The padding's zeros have a distance of eps as well.
+    const double padding = static_cast<double>(x->count * kStrip - dim) * eps * eps;
+    *result = std::sqrt(std::max(sum_lanes<Work, isa>(sum) - padding, 0.0));
   }
 };
 
 template <class Work>
 double distance(Row<const Work> x, Row<const Work> y, int64_t dim, double eps) {
-  double square;
+  double result;
   run_on_isa<Distance<Work>>(static_cast<const Row<const Work>*>(&x),
-                             static_cast<const Row<const Work>*>(&y), static_cast<Work>(eps),
-                             &square);
-  // The padding's zeros have a distance of eps as well.
-  const double padding =
-      static_cast<double>(x.count * kStrip - dim) * static_cast<Work>(eps) * static_cast<Work>(eps);
-  return std::sqrt(std::max(square - padding, 0.0));
+                             static_cast<const Row<const Work>*>(&y), dim, static_cast<Work>(eps),
+                             &result);
+  return result;
 }
 
-// d = (u_i - v_n + eps) weight: added to row i's gradient, subtracted from row n's.
+// -weight (x - y + eps) / (d (d + eps)), d = |x - y + eps|: added to row x's gradient, subtracted
+// from row y's; nothing where d = 0. A weight that is no number stays one.
 template <class Work>
 struct Pull {
   template <Isa isa>
-  static DASHPOT_INLINE void run(const Row<const Work>* x, const Row<const Work>* y, Work eps,
-                                 Work weight, const Row<Work>* to_x, const Row<Work>* to_y) {
+  static DASHPOT_INLINE void run(const Row<const Work>* x, const Row<const Work>* y, int64_t dim,
+                                 double eps, double weight, const Row<Work>* to_x,
+                                 const Row<Work>* to_y) {
+    const Work shift = static_cast<Work>(eps);
+    double d;
+    Distance<Work>::template run<isa>(x, y, dim, shift, &d);
+    const Work scale =
+        static_cast<Work>(d == 0 && !std::isnan(weight) ? 0 : -weight / (d * (d + eps)));
     for (int64_t strip = 0; strip < x->count; ++strip) {
       for (int64_t k = 0; k < kStrip; k += kLanes<Work, isa>) {
         const Vec<Work, isa> pull = (load<Work, isa>(x->at + strip * x->step + k) -
-                                     load<Work, isa>(y->at + strip * y->step + k) + eps) *
-                                    weight;
+                                     load<Work, isa>(y->at + strip * y->step + k) + shift) *
+                                    scale;
         Work* own = to_x->at + strip * to_x->step + k;
         store<Work, isa>(own, load<Work, isa>(own) + pull);
         Work* other = to_y->at + strip * to_y->step + k;
@@ -217,12 +233,10 @@ void add_koleo_gradients(const Panels<Work>& rows, const Panels<Work>& keys, con
     for (int64_t a = 0; a < k && keys.rows > 1; ++a) {
       const int64_t n = nearest[i * k + a];
       const Row<const Work> u = rows.row(i), v = n < 0 ? u : keys.row(n);
-      const double d = n < 0 ? std::nan("") : distance(u, v, rows.dim, eps);
-      const double scale = -weight[i] / (static_cast<double>(k) * d * (d + eps));
       const Row<Work> to_u = rows.row_of(row_grad, i),
                       to_v = n < 0 ? to_u : keys.row_of(key_grad, n);
-      run_on_isa<Pull<Work>>(&u, &v, static_cast<Work>(eps), static_cast<Work>(d == 0 ? 0 : scale),
-                             &to_u, &to_v);
+      const double share = n < 0 ? std::nan("") : weight[i] / static_cast<double>(k);
+      run_on_isa<Pull<Work>>(&u, &v, rows.dim, eps, share, &to_u, &to_v);
     }
   }
 }

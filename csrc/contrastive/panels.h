@@ -99,39 +99,12 @@ void add_scaled(Row<Work> y, Row<const Work> x, double factor) {
                               static_cast<const Row<const Work>*>(&x), static_cast<Work>(factor));
 }
 
-// x /= divisor, n a multiple of kStrip
-template <class Work>
-struct Divide {
-  template <Isa isa>
-  static DASHPOT_INLINE void run(Work* x, Work divisor, int64_t n) {
-    for (int64_t k = 0; k < n; k += kLanes<Work, isa>) {
-      store<Work, isa>(x + k, load<Work, isa>(x + k) / divisor);
-    }
-  }
-};
-
-// out = (g - u along) factor, gathered from strips
-template <class Work>
-struct Project {
-  template <Isa isa>
-  static DASHPOT_INLINE void run(const Row<const Work>* g, const Row<const Work>* u, Work along,
-                                 Work factor, Work* out) {
-    for (int64_t strip = 0; strip < g->count; ++strip) {
-      for (int64_t k = 0; k < kStrip; k += kLanes<Work, isa>) {
-        store<Work, isa>(out + strip * kStrip + k,
-                         (load<Work, isa>(g->at + strip * g->step + k) -
-                          load<Work, isa>(u->at + strip * u->step + k) * along) *
-                             factor);
-      }
-    }
-  }
-};
-
 // |x|, x (n,) with n a multiple of kStrip; right also where squares leave the range of Work.
-template <class Work>
-double norm_of(const Work* x, int64_t n) {
+template <class Work, Isa isa>
+DASHPOT_INLINE double norm_of(const Work* x, int64_t n) {
   const Row<const Work> whole{x, kStrip, n / kStrip};
-  double square = dot(whole, whole);
+  double square;
+  Dot<Work>::template run<isa>(&whole, &whole, &square);
   if (square > 1e-30 && square < 1e30) return std::sqrt(square);
   double largest = 0;
   for (int64_t k = 0; k < n; ++k) {
@@ -146,6 +119,107 @@ double norm_of(const Work* x, int64_t n) {
   }
   return largest * std::sqrt(square);
 }
+
+// What kStrip rows of a panel become, at most `live` of them rows and the rest zero.
+template <class Work, class In>
+struct RowsOfStrip {
+  const In* from[kStrip];
+  int64_t live, dim, width, step;  // width: dim in whole strips; step: between strips of a row
+  double eps;
+  Work *lines, *by_rows, *inverse;  // lines: (kStrip, width)
+  char* projected;
+  double longest;  // of the rows that come out
+};
+
+template <class Work, class In>
+struct NormaliseRows {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(RowsOfStrip<Work, In>* rows) {
+    const double eps = rows->eps;
+    const int64_t live = rows->live, dim = rows->dim, width = rows->width, step = rows->step;
+    double longest = rows->longest;
+    for (int64_t r = 0; r < kStrip; ++r) {
+      Work *line = rows->lines + r * width, *out = rows->by_rows + r * kStrip, divisor = 1;
+      if (r >= live) {
+        std::fill(line, line + width, Work(0));
+      } else {
+        ConvertBlock<Work, In>::template run<isa>(line, rows->from[r], dim);
+        const double norm = norm_of<Work, isa>(line, width);
+        const double least = eps == 0 ? 1 : norm < eps ? eps : norm;
+        const double length = norm / least;
+        if (std::isnan(length) || length > longest) longest = length;  // a NaN stays
+        divisor = static_cast<Work>(least);
+        rows->projected[r] = eps != 0 && norm >= eps;
+        rows->inverse[r] = static_cast<Work>(1 / least);
+      }
+      for (int64_t strip = 0; strip * kStrip < width; ++strip) {
+        for (int64_t k = 0; k < kStrip; k += kLanes<Work, isa>) {
+          const Vec<Work, isa> u = load<Work, isa>(line + strip * kStrip + k) / divisor;
+          store<Work, isa>(line + strip * kStrip + k, u);
+          store<Work, isa>(out + strip * step + k, u);
+        }
+      }
+    }
+    rows->longest = longest;
+  }
+};
+
+// columns (dim, kStrip) = lines^T, lines (kStrip, dim), rows `width` and `step` apart: small
+// squares in 16-byte vectors, which every instruction set turns with its unpack instructions.
+template <class Work>
+void turn(const Work* lines, int64_t width, int64_t dim, Work* columns, int64_t step) {
+  constexpr int kSide = 16 / sizeof(Work);
+  using Line = Vec<Work, Isa::kBaseline>;
+  int64_t k = 0;
+  for (; k + kSide <= dim; k += kSide) {
+    for (int64_t r = 0; r < kStrip; r += kSide) {
+      Line in[kSide], out[kSide];
+      for (int i = 0; i < kSide; ++i) {
+        in[i] = load<Work, Isa::kBaseline>(lines + (r + i) * width + k);
+      }
+      if constexpr (kSide == 4) {
+        const Line a = __builtin_shufflevector(in[0], in[1], 0, 4, 1, 5);
+        const Line b = __builtin_shufflevector(in[0], in[1], 2, 6, 3, 7);
+        const Line c = __builtin_shufflevector(in[2], in[3], 0, 4, 1, 5);
+        const Line d = __builtin_shufflevector(in[2], in[3], 2, 6, 3, 7);
+        out[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
+        out[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
+        out[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
+        out[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
+      } else {
+        out[0] = __builtin_shufflevector(in[0], in[1], 0, 2);
+        out[1] = __builtin_shufflevector(in[0], in[1], 1, 3);
+      }
+      for (int i = 0; i < kSide; ++i) {
+        store<Work, Isa::kBaseline>(columns + (k + i) * step + r, out[i]);
+      }
+    }
+  }
+  for (; k < dim; ++k) {
+    for (int64_t r = 0; r < kStrip; ++r) columns[k * step + r] = lines[r * width + k];
+  }
+}
+
+// out = (g - u (u . g)) factor, or g factor; gathered from strips, `line` being room for a row
+template <class Out, class Work>
+struct ProjectRow {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const Row<const Work>* g, const Row<const Work>* u, bool project,
+                                 Work factor, Work* line, Out* out, int64_t dim) {
+    double product = 0;
+    if (project) Dot<Work>::template run<isa>(u, g, &product);
+    const Work along = static_cast<Work>(product);
+    for (int64_t strip = 0; strip < g->count; ++strip) {
+      for (int64_t k = 0; k < kStrip; k += kLanes<Work, isa>) {
+        store<Work, isa>(line + strip * kStrip + k,
+                         (load<Work, isa>(g->at + strip * g->step + k) -
+                          load<Work, isa>(u->at + strip * u->step + k) * along) *
+                             factor);
+      }
+    }
+    ConvertBlock<Out, Work>::template run<isa>(out, line, dim);
+  }
+};
 
 template <class Work>
 class Panels {
@@ -195,9 +269,9 @@ class Panels {
       const std::unique_ptr<Work[]> line(new Work[strips(dim) * kStrip]);
       for (int64_t i = begin(p); i < begin(p) + height(p); ++i) {
         const Row<const Work> u = row(i), gradient = row_of(g, i);
-        const Work along = projected[i] ? static_cast<Work>(dot(u, gradient)) : Work(0);
-        run_on_isa<Project<Work>>(&gradient, &u, along, c * inverse[i], line.get());
-        run_on_isa<ConvertBlock<Out, Work>>(out + place(i) * dim, line.get(), dim);
+        run_on_isa<ProjectRow<Out, Work>>(&gradient, &u, projected[i] != 0,
+                                          static_cast<Work>(c * inverse[i]), line.get(),
+                                          out + place(i) * dim, dim);
       }
     });
   }
@@ -212,54 +286,42 @@ class Panels {
   double fill(const In* z, int64_t p, double eps) {
     Work* const by_rows = values_.get() + p * row_size();
     Work* const by_columns = values_.get() + count * row_size() + p * panel * dim;
-    const int64_t live = height(p), width = strips(dim) * kStrip;
+    const int64_t width = strips(dim) * kStrip;
     const std::unique_ptr<Work[]> lines(new Work[kStrip * width]());  // (kStrip, width)
-    double longest = 0;
+    RowsOfStrip<Work, In> some;
+    some.dim = dim;
+    some.width = width;
+    some.step = panel * kStrip;
+    some.eps = eps;
+    some.lines = lines.get();
+    some.longest = 0;
     for (int64_t first = 0; first < panel; first += kStrip) {
-      for (int64_t r = 0; r < kStrip; ++r) {
-        const int64_t i = begin(p) + first + r;
-        Work* line = lines.get() + r * width;
-        if (first + r >= live) {
-          std::fill(line, line + width, Work(0));
-        } else {
-          run_on_isa<ConvertBlock<Work, In>>(line, z + place(i) * dim, dim);
-          const double length = normalise(line, i, eps, width);
-          if (std::isnan(length) || std::isnan(longest) || length > longest) longest = length;
-        }
-        for (int64_t strip = 0; strip < strips(dim); ++strip) {
-          std::copy(line + strip * kStrip, line + (strip + 1) * kStrip,
-                    by_rows + (strip * panel + first + r) * kStrip);
-        }
-      }
-      Work* columns = by_columns + first * dim;  // (dim, kStrip)
-      for (int64_t k = 0; k < dim; ++k) {
-        for (int64_t r = 0; r < kStrip; ++r) columns[k * kStrip + r] = lines[r * width + k];
-      }
+      const int64_t from = begin(p) + first;
+      some.live = std::max<int64_t>(0, std::min(kStrip, rows - from));
+      for (int64_t r = 0; r < some.live; ++r) some.from[r] = z + place(from + r) * dim;
+      some.by_rows = by_rows + first * kStrip;
+      some.inverse = inverse.data() + from;
+      some.projected = projected.data() + from;
+      run_on_isa<NormaliseRows<Work, In>>(&some);
+      turn(lines.get(), width, dim, by_columns + first * dim, kStrip);
     }
-    return longest;
-  }
-
-  // Returns the length of the row that comes out.
-  double normalise(Work* line, int64_t i, double eps, int64_t width) {
-    const double norm = norm_of<Work>(line, width);
-    inverse[i] = 1;
-    projected[i] = 0;
-    if (eps == 0) return norm;
-    const double divisor = norm < eps ? eps : norm;
-    projected[i] = norm >= eps;
-    inverse[i] = static_cast<Work>(1 / divisor);
-    run_on_isa<Divide<Work>>(line, static_cast<Work>(divisor), width);
-    return norm / divisor;
+    return some.longest;
   }
 };
 
-// tile (panel of a, panel of b) = a_i . b_j, by rows of b.panel numbers.
+// tile (panel of a, panel of b) = a_i . b_j, by rows of b.panel numbers. A panel with itself:
+// strips on the diagonal and to the right of it are formed, the rest is their mirror image.
 template <class Work>
 void products(const Panels<Work>& a, int64_t i, const Panels<Work>& b, int64_t j, Work* tile) {
+  const bool itself = &a == &b && i == j;
   for (int64_t first = 0; first < a.height(i); first += kStrip) {
-    matmul<Work>(a.by_columns(i) + first * a.dim, 1, kStrip, b.by_columns(j), b.dim * kStrip,
-                 tile + first * b.panel, b.panel, kStrip, std::min(kStrip, a.height(i) - first),
-                 strips(b.height(j)), a.dim);
+    const int64_t done = itself ? first : 0;  // columns
+    matmul<Work>(a.by_columns(i) + first * a.dim, 1, kStrip, b.by_columns(j) + done * b.dim,
+                 b.dim * kStrip, tile + first * b.panel + done, b.panel, kStrip,
+                 std::min(kStrip, a.height(i) - first), strips(b.height(j) - done), a.dim);
+    for (int64_t to = first + kStrip; itself && to < a.height(i); to += kStrip) {
+      turn(tile + first * b.panel + to, b.panel, kStrip, tile + to * b.panel + first, b.panel);
+    }
   }
 }
 

@@ -224,11 +224,11 @@ struct Weights {
 };
 
 // Adds W v to the rows' gradients and W^T u to the keys'; with keys that are the rows, both to the
-// rows'. key_weights: used if problem.columns.
-template <class Work>
+// rows'. key_weights: used if problem.columns. weighed(place, tile): may change the tile of W.
+template <class Work, class Weighed>
 void add_gradients(const Problem<Work>& problem, const Weights<Work>& row_weights,
                    const Weights<Work>& key_weights, const Grads<Work>& row_grads,
-                   const Grads<Work>& key_grads) {
+                   const Grads<Work>& key_grads, const Weighed& weighed) {
   const bool fixed = problem.fixed();
   const Work factor = static_cast<Work>(problem.c * kLog2E);
   const Work shift = static_cast<Work>(problem.bound() * kLog2E);
@@ -258,6 +258,7 @@ void add_gradients(const Problem<Work>& problem, const Weights<Work>& row_weight
     } else {
       run_on_isa<Weigh<Work, false, false>>(&tile, factor, shift, row, key);
     }
+    weighed(at, tile);
     if (row_grad) add_rows<Work>(tile.s, a, at.row_panel, b, at.key_panel, row_grad);
     if (key_grad) add_columns<Work>(tile.s, a, at.row_panel, b, at.key_panel, key_grad);
   });

@@ -91,11 +91,14 @@ class Views {
 
   // loss, lse: (2, b)
   void losses(const LogSums<Work>& sums, Work* loss, Work* lse) const {
-    for (int64_t view = 0; view < 2; ++view) {
-      for (int64_t i = 0; i < b; ++i) {
+    for (int64_t i = 0; i < b; ++i) {
+      double logit = 0;
+      for (int64_t view = 0; view < 2; ++view) {
+        // Where the keys are the rows, both views of a row have the same one.
+        if (offset >= 0 && (view == 0 || !problem.same)) logit = positive_logit(view, i);
         const double sum = sums.log_sum(view, i);
         lse[view * b + i] = static_cast<Work>(sum);
-        loss[view * b + i] = static_cast<Work>(offset < 0 ? sum : sum - positive_logit(view, i));
+        loss[view * b + i] = static_cast<Work>(sum - logit);
       }
     }
   }
@@ -105,18 +108,35 @@ class Views {
   void add_gradients_of(const Work* g, const Work* lse, const Grads<Work>& row_grads,
                         const Grads<Work>& key_grads) const {
     Weights<Work> weights(problem.rows);
+    const double shift = problem.bound();
     for (int64_t view = 0; view < 2; ++view) {
       for (int64_t i = 0; i < b; ++i) {
-        weights.set(view, i, g[view * b + i], lse[view * b + i], problem.bound());
+        weights.set(view, i, g[view * b + i], lse[view * b + i], shift);
       }
     }
-    add_gradients(problem, weights, weights, row_grads, key_grads);
-    if (offset < 0) return;
+    // What row i of a view gives to its positive.
+    const auto share = [&](int64_t view, int64_t i) {
+      const double kept =
+          problem.mask_across ? std::exp(positive_logit(view, i) - lse[view * b + i]) : 0;
+      return (kept - 1) * g[view * b + i];
+    };
+    // Where the keys are the rows, positives lie on the diagonals of the tiles of a panel with the
+    // same panel of the other view.
+    add_gradients(problem, weights, weights, row_grads, key_grads,
+                  [&](const Site& at, const Tile<Work>& tile) {
+                    if (!problem.same || offset < 0 || at.row_view == at.key_view ||
+                        at.row_panel != at.key_panel)
+                      return;
+                    const int64_t first = rows[0].begin(at.row_panel);
+                    for (int64_t i = 0; i < tile.rows; ++i) {
+                      tile.s[i * tile.stride + i] +=
+                          static_cast<Work>(share(0, first + i) + share(1, first + i));
+                    }
+                  });
+    if (problem.same || offset < 0) return;
     for (int64_t view = 0; view < 2; ++view) {
       for (int64_t i = 0; i < b; ++i) {
-        double share = -1;
-        if (problem.mask_across) share += std::exp(positive_logit(view, i) - lse[view * b + i]);
-        const double weight = share * g[view * b + i];
+        const double weight = share(view, i);
         const Panels<Work>& others = key_view(1 - view);
         if (Work* grad = row_grads.of(view)) {
           add_scaled(rows[view].row_of(grad, i), others.row(offset + i), weight);
