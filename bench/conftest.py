@@ -11,8 +11,9 @@
         measure()
 
 One row for each size, dtype, options, thread count and contender (the op's backends on this device,
-then the peers): checked first (`dashpot._measure.verify`), timed on the CPU's or the GPU's clock
-and handed to pytest-benchmark, with bytes, floor, memory and versions in `extra_info`.
+then the peers): checked first (`dashpot._measure.verify`), timed on the CPU's or the GPU's clock in
+alternation with the others on the same inputs, and handed to pytest-benchmark, with bytes, floor,
+memory and versions in `extra_info`.
 """
 
 from __future__ import annotations
@@ -150,25 +151,41 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 
 class Shared:
-    """What rows on the same inputs share; only the latest inputs are kept."""
+    """What rows on the same inputs share; only the latest are kept. The first row of a group
+    measures all of it, contenders in alternation."""
 
     def __init__(self):
         self.copy = _measure.CopyLoop(DEVICE)
-        self.key, self.cases, self.inputs = None, {}, []
+        self.key, self.args, self.cases, self.inputs = None, (), {}, []
+        self.group, self.measured = None, {}
 
     def case(self, plan: Plan) -> _measure.Case:
         key = (plan.op, plan.size, plan.dtype)
         if key != self.key:
             self.key, self.cases, self.inputs = key, {}, []
             case = _measure.case(REGISTRY[plan.op], plan.size, plan.dtype, DEVICE, plan.gradient)
-            self.inputs = _measure.rotated(case.args, DEVICE)
+            self.args, self.inputs = case.args, _measure.rotated(case.args, DEVICE)
         options = tuple(plan.options.items())
         if options not in self.cases:
             self.cases[options] = _measure.Case(
-                REGISTRY[plan.op], plan.size, plan.dtype, DEVICE, self.inputs[0], plan.options,
+                REGISTRY[plan.op], plan.size, plan.dtype, DEVICE, self.args, plan.options,
                 plan.gradient, plan.bound,
             )  # fmt: skip
         return self.cases[options]
+
+    def measure(self, plan: Plan, selected: list[Plan], seconds: float):
+        """(Row, seconds of each round) of a plan. selected: all rows of this session."""
+        if self.group != plan.group:
+            self.group = plan.group
+            contenders = {one.contender: one.peer for one in selected if one.group == plan.group}
+            self.measured = _measure.measure_together(
+                self.case(plan), contenders, threads=plan.threads, seconds=seconds, copy=self.copy,
+                inputs=self.inputs,
+            )  # fmt: skip
+        found = self.measured[plan.contender]
+        if isinstance(found, _measure.RefusedError):
+            raise found
+        return found
 
 
 @pytest.fixture(scope="session")
@@ -183,11 +200,9 @@ def measure(request, benchmark, shared):
     seconds = config.getoption("time") or (0.05 if config.getoption("quick") else 0.15)
 
     def run() -> None:
-        case = shared.case(plan)
-        row, seen = _measure.measure(
-            case, plan.contender, threads=plan.threads, seconds=seconds, peer=plan.peer,
-            copy=shared.copy, inputs=shared.inputs,
-        )  # fmt: skip
+        calls = [getattr(item, "callspec", None) for item in request.session.items]
+        names = [call.params["measure"] for call in calls if call and "measure" in call.params]
+        row, seen = shared.measure(plan, [PLANS[name] for name in names], seconds)
         versions = {k: v for k, v in environment(DEVICE).items() if k not in ("threads", "device")}
         benchmark.extra_info.update({**dataclasses.asdict(row), **versions})
         benchmark.pedantic(CLOCK.replay(seen), rounds=len(seen))

@@ -1,6 +1,7 @@
 """What measures, and what reports: dashpot._measure, bench/conftest.py and bench/report.py."""
 
 import importlib
+import itertools
 import json
 import math
 import os
@@ -101,6 +102,42 @@ def test_a_yardstick_is_timed_as_it_is(small_case):
     row, seen = _measure.measure(small_case, "half", peer=half, seconds=0.005, threads=1)
     assert (row.kind, row.error, row.error_limit) == ("yardstick", None, None)
     assert row.median > 0 and len(seen) >= _measure.MIN_ROUNDS
+
+
+def test_contenders_meet_the_same_moments(small_case):
+    """Each in turn, stretch by stretch; one that is wrong is left out and spoils no other."""
+    calls = []
+
+    def named(name, factor=1.0):
+        def peer(*args):
+            calls.append(name)
+            return factor * product(*args)
+
+        return Peer(peer)
+
+    small_case.expected  # noqa: B018 - the truth, before calls are counted
+    contenders = {"first": named("first"), "wrong": named("wrong", 1.1), "second": named("second")}
+    found = _measure.measure_together(small_case, contenders, seconds=0.02, threads=1)
+    assert isinstance(found["wrong"], _measure.RefusedError)
+    assert found["first"][0].contender == "first"
+    assert len(found["second"][1]) >= _measure.MIN_ROUNDS
+    assert calls.count("wrong") == 1  # the check
+    turns = [name for name, _ in itertools.groupby(calls)]
+    assert turns.count("first") >= _measure.STRETCHES <= turns.count("second")
+
+
+def test_an_op_in_place_leaves_the_checked_inputs_alone(small_case):
+    def overwritten(grads, coeffs, p):
+        result = product(grads, coeffs, p)
+        grads[0].mul_(2)
+        return result
+
+    before = small_case.args[0][0].clone()
+    inputs = _measure.rotated(small_case.args, "cpu")
+    peer = Peer(overwritten, checked=False)
+    _measure.measure(small_case, "a peer", peer=peer, seconds=0.005, threads=1, inputs=inputs)
+    assert torch.equal(small_case.args[0][0], before)
+    assert not torch.equal(inputs[0][0][0], before)
 
 
 def test_a_wrong_backend_is_refused(small_case, monkeypatch):

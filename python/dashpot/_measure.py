@@ -2,8 +2,9 @@
 
 A row is one contender (a backend of the op, or a peer: the same result by other means) on one set
 of inputs. It is checked against the float64 truth first and refused if it is wrong. Then calls are
-timed on rotated copies of the inputs, so that they come from memory and not from a cache; between
-stretches of them a plain copy loop is timed, so that the floor and the op meet the same machine.
+timed on rotated copies of the inputs, so that they come from memory and not from a cache. What is
+compared is timed in alternation, a stretch of each in turn and one of a plain copy loop, so that
+all contenders and the floor meet the same machine, whatever else it does meanwhile.
 
     floor = bytes that no implementation can avoid / bandwidth of the copy (bytes read + written)
 
@@ -34,7 +35,7 @@ from dashpot._info import device_name
 PEER_LIMIT = 1e-2
 MIN_ROUNDS = 3
 MAX_ROUNDS = 400
-STRETCHES = 8  # of timed calls, each followed by one of copies
+STRETCHES = 8  # of each contender's timed calls, in turn with the others' and the copies'
 _BATCH = 1e-3  # seconds of work between two CUDA events
 _COPIES = 64  # of the inputs at most; below that they are realistic to find in a cache
 
@@ -117,7 +118,7 @@ class Case:
         cotangents, like = self.expected.cotangents, []
         lists = any(not isinstance(self.args[i], Tensor) for i in self.gradient)
 
-        def run(*args):  # small ops: what is timed must be theirs, so nothing twice and no recursion
+        def run(*args):  # what is timed must be a small op's own: nothing twice, no recursion
             outputs = function(*args)
             if type(outputs) is Tensor:
                 outputs = [outputs]
@@ -220,7 +221,8 @@ def cache_bytes(device: str) -> int:
 
 
 def rotated(args: Sequence, device: str) -> list:
-    """Copies of the inputs, together beyond the cache four times over."""
+    """Copies of the inputs, together beyond the cache four times over. The inputs themselves are
+    not among them: they belong to the check, and an op in place would change them."""
     tensors = list(_check.flatten(args))
     size = max(1, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
     count = min(_COPIES, max(2, -(-4 * cache_bytes(device) // size)))
@@ -228,7 +230,7 @@ def rotated(args: Sequence, device: str) -> list:
     def copy(x: Tensor) -> Tensor:
         return x.detach().clone().requires_grad_(x.requires_grad)
 
-    return [args, *(_check.map_tensors(copy, args) for _ in range(count - 1))]
+    return [_check.map_tensors(copy, args) for _ in range(count)]
 
 
 class CopyLoop:
@@ -289,28 +291,47 @@ def _batch(run: Callable, device: str) -> int:
     return max(1, min(1000, int(_BATCH / max(_timed(run, 3, device), 1e-7))))
 
 
-def times(function: Callable, inputs: Sequence, seconds: float, device: str,
-          copy: CopyLoop | None = None) -> list[float]:  # fmt: skip
-    """Seconds per call, one entry per round (a call; on CUDA a batch), at least MIN_ROUNDS.
+def times(function: Callable, inputs: Sequence, seconds: float, device: str) -> list[float]:
+    """Seconds per call, one entry per round (a call; on CUDA a batch), at least MIN_ROUNDS."""
+    return _times_together([(function, None)], inputs, seconds, device)[0]
 
-    copy: timed for as many rounds, in alternation with stretches of calls.
+
+def _times_together(
+    functions: Sequence[tuple[Callable, str | None]], inputs: Sequence, seconds: float,
+    device: str, copy: CopyLoop | None = None,
+) -> list[list[float]]:  # fmt: skip
+    """`times` of several functions, each with the backend to force (or None), in alternation.
+
+    copy: timed for as many rounds, in the same alternation.
     """
-    turn = itertools.cycle(inputs)
 
-    def run() -> None:
-        function(*next(turn))  # the result is freed inside the time, as a caller would
+    def caller(function: Callable) -> Callable[[], None]:
+        turn = itertools.cycle(inputs)
 
-    loops: list[tuple[Callable, list[float]]] = [(run, [])]
+        def run() -> None:
+            function(*next(turn))  # the result is freed inside the time, as a caller would
+
+        return run
+
+    found: list[list[float]] = [[] for _ in functions]
+    loops = [
+        (caller(function), forced, result)
+        for (function, forced), result in zip(functions, found, strict=True)
+    ]
     if copy is not None:
-        loops.append((copy.run, copy.samples))
+        loops.append((copy.run, None, copy.samples))
     with torch.no_grad():
-        if _timed(run, 1, device) < seconds:  # was checked already, so slow calls are warm by now
-            run()
-        counts = [_batch(loop, device) for loop, _ in loops]
+        counts = []
+        for run, forced, _ in loops:
+            with backend(forced):
+                if _timed(run, 1, device) < seconds:  # checked already, so slow calls are warm
+                    run()
+                counts.append(_batch(run, device))
         for stretch in range(1, STRETCHES + 1):
-            for (loop, result), count in zip(loops, counts, strict=True):
-                _stretch(loop, result, count, stretch / STRETCHES, seconds, device)
-    return loops[0][1]
+            for (run, forced, result), count in zip(loops, counts, strict=True):
+                with backend(forced):
+                    _stretch(run, result, count, stretch / STRETCHES, seconds, device)
+    return found
 
 
 def _stretch(run, result: list[float], count: int, part: float, seconds: float, device) -> None:
@@ -357,24 +378,53 @@ def measure(row: Case, name: str, *, threads: int | None = None, seconds: float 
     copy, inputs: a CopyLoop and what `rotated` returned, to be shared between rows.
     peak_flops: operations per second; where they bound more than the memory, they are the floor.
     """
+    found = measure_together(
+        row, {name: peer}, threads=threads, seconds=seconds, copy=copy, inputs=inputs,
+        peak_flops=peak_flops,
+    )[name]  # fmt: skip
+    if isinstance(found, RefusedError):
+        raise found
+    return found
+
+
+def measure_together(
+    row: Case, contenders: dict[str, Peer | None], *, threads: int | None = None,
+    seconds: float = 0.25, copy: CopyLoop | None = None, inputs: Sequence | None = None,
+    peak_flops: float | None = None,
+) -> dict[str, tuple[Row, list[float]] | RefusedError]:  # fmt: skip
+    """`measure` of several contenders (None: a backend), timed in alternation; the error in place
+    of a result that is wrong."""
     threads = torch.get_num_threads() if threads is None else threads
+    found, ready, verdicts = {}, {}, {}
     with _check.threads(threads):
-        function = row.op.function if isinstance(row.op, Chain) else row.op
-        if peer is not None:
-            function = peer.function
-        verdict = None
-        if peer is None or peer.checked:
-            verdict = verify(row, name, function, peer is not None)
-            function = row.step(functools.partial(function, **row.options))
-        else:
-            function = functools.partial(function, **row.options)
+        for name, peer in contenders.items():
+            function = row.op.function if isinstance(row.op, Chain) else row.op
+            if peer is not None:
+                function = peer.function
+            try:
+                if peer is None or peer.checked:
+                    verdicts[name] = verify(row, name, function, peer is not None)
+            except RefusedError as error:
+                found[name] = error
+                continue
+            call = functools.partial(function, **row.options)
+            ready[name] = row.step(call) if name in verdicts else call
         copy = copy or CopyLoop(row.device)
         copy.start(row.floor[0])
-        with backend(None if peer is not None else name):
-            inputs = rotated(row.args, row.device) if inputs is None else inputs
-            seen = times(function, inputs, seconds, row.device, copy)
-            peak = peak_memory(function, row.args, row.device)
-    return _row(row, name, peer, threads, seen, copy.bandwidth, peak_flops, peak, verdict), seen
+        inputs = rotated(row.args, row.device) if inputs is None else inputs
+        forced = {name: None if contenders[name] is not None else name for name in ready}
+        seen = _times_together(
+            [(ready[name], forced[name]) for name in ready], inputs, seconds, row.device, copy
+        )
+        for name, own in zip(ready, seen, strict=True):
+            with backend(forced[name]):
+                peak = peak_memory(ready[name], inputs[0], row.device)
+            found[name] = (
+                _row(row, name, contenders[name], threads, own, copy.bandwidth, peak_flops, peak,
+                     verdicts.get(name)),
+                own,
+            )  # fmt: skip
+    return found
 
 
 def _row(row, name, peer, threads, seen, bandwidth, peak_flops, peak, verdict) -> Row:

@@ -97,9 +97,7 @@ def needed_slopes(
 ) -> tuple[Tensor, Tensor]:
     """The slopes of input and target; one that is needed though the forward was not asked for it
     (`wants`, the last of args) is formed now."""
-    missing = [
-        needs_grad[i] and slopes[i].numel() == 0 and args[i].numel() > 0 for i in (0, 1)
-    ]
+    missing = [needs_grad[i] and slopes[i].numel() == 0 and args[i].numel() > 0 for i in (0, 1)]
     if True not in missing:
         return slopes
     formed = reference(*args[:-1], missing)[1:]
