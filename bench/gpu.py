@@ -329,6 +329,8 @@ def _merge(key: str, content: dict, report: dict) -> None:
     if "benchmarks" not in content:
         report[key] = content
         return
+    for row in content["benchmarks"]:
+        row["stats"].pop("data", None)  # a file of an older run may hold thousands of timings
     report.setdefault("benchmarks", []).extend(content["benchmarks"])
     report.setdefault("machine_info", content.get("machine_info"))
 

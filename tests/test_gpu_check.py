@@ -113,8 +113,8 @@ def test_a_step_beyond_its_limit_may_save_what_it_has(tmp_path):
         "    print('running', flush=True); time.sleep(60)\n"
         f"except KeyboardInterrupt:\n    open({str(saved)!r}, 'w').write('[1, 2]')\n"
     )
-    steps = [step("slow", code, 3.0, results={"rows": saved})]
-    entries, report = run(steps, tmp_path, 3.0)
+    steps = [step("slow", code, 8.0, results={"rows": saved})]
+    entries, report = run(steps, tmp_path, 8.0)
     assert entries["slow"]["outcome"] == "timed out"
     assert report["rows"] == [1, 2]
 

@@ -128,3 +128,10 @@ BAD = [
 def test_errors(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_a_row_that_is_not_a_number_shows(backend, views):
+    """Also where rows of finite numbers follow it in the same panel."""
+    z1, z2 = (z.detach().clone() for z in views(40, 4, dtype=torch.float32, device=backend.device))
+    z1[1, 2] = torch.nan
+    assert dashpot.nt_xent(z1, z2).isnan()
