@@ -174,7 +174,7 @@ class Shared:
         return self.cases[options]
 
     def measure(self, plan: Plan, selected: list[Plan], seconds: float):
-        """(Row, seconds of each round) of a plan. selected: all rows of this session."""
+        """(Row, seconds of each round) of a plan. selected: all rows that will run."""
         if self.group != plan.group:
             self.group = plan.group
             contenders = {one.contender: one.peer for one in selected if one.group == plan.group}
