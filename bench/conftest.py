@@ -30,6 +30,8 @@ from dashpot._bench import option_label, size_label
 from dashpot._dispatch import REGISTRY
 from dashpot._info import default_device, environment
 
+from bench import peers
+
 DEVICE = default_device()
 
 
@@ -116,7 +118,7 @@ def plans(config, module) -> list[Plan]:
         small = _measure.case(op, _alike(op, size), dtype, DEVICE, **options)
         contenders = [(name, None) for name in small.backends()] + [
             (name, peer)
-            for name, peer in getattr(module, "PEERS", {}).items()
+            for name, peer in peers.installed(getattr(module, "PEERS", {})).items()
             if peer.when(size, dtype, DEVICE, options)
         ]
         for threads, (name, peer) in itertools.product(_threads(config), contenders):
@@ -176,14 +178,14 @@ class Shared:
     def measure(self, plan: Plan, selected: list[Plan], seconds: float):
         """(Row, seconds of each round) of a plan. selected: all rows that will run."""
         if self.group != plan.group:
-            self.group = plan.group
+            self.group, self.measured = plan.group, {}
             contenders = {one.contender: one.peer for one in selected if one.group == plan.group}
             self.measured = _measure.measure_together(
                 self.case(plan), contenders, threads=plan.threads, seconds=seconds, copy=self.copy,
                 inputs=self.inputs,
             )  # fmt: skip
         found = self.measured[plan.contender]
-        if isinstance(found, _measure.RefusedError):
+        if isinstance(found, Exception):
             raise found
         return found
 

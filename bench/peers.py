@@ -16,6 +16,8 @@ import importlib.util
 import sys
 import types
 
+from dashpot._measure import Peer
+
 # What peers import for their data sets, models and plots.
 ABSENT = (
     "ftfy", "huggingface_hub", "hydra", "lightning", "lightly_utils", "omegaconf",
@@ -64,6 +66,16 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def has(name: str) -> bool:
     """Whether a peer is installed; on a GPU machine without network it may not be."""
     return importlib.util.find_spec(name.partition(".")[0]) is not None
+
+
+def installed(named: dict[str, Peer]) -> dict[str, Peer]:
+    """Those whose library is there."""
+    return {name: one for name, one in named.items() if one.needs is None or has(one.needs)}
+
+
+def on_a_gpu(size, dtype, device, options) -> bool:
+    """A peer's `when`."""
+    return device == "cuda"
 
 
 def load(name: str) -> types.ModuleType:

@@ -15,6 +15,8 @@ from dashpot import REGISTRY, _measure
 from dashpot._backends import BACKENDS
 from dashpot._measure import Peer
 
+from bench import peers
+
 ROOT = Path(__file__).resolve().parents[1]
 COMBINE = REGISTRY["combine"]
 
@@ -105,8 +107,11 @@ def test_a_yardstick_is_timed_as_it_is(small_case):
 
 
 def test_contenders_meet_the_same_moments(small_case):
-    """Each in turn, stretch by stretch; one that is wrong is left out and spoils no other."""
+    """Each in turn, stretch by stretch; one that is wrong or fails spoils no other."""
     calls = []
+
+    def broken(*args):
+        raise ModuleNotFoundError("no such library")
 
     def named(name, factor=1.0):
         def peer(*args):
@@ -117,8 +122,10 @@ def test_contenders_meet_the_same_moments(small_case):
 
     small_case.expected  # noqa: B018 - the truth, before calls are counted
     contenders = {"first": named("first"), "wrong": named("wrong", 1.1), "second": named("second")}
+    contenders["broken"] = Peer(broken)
     found = _measure.measure_together(small_case, contenders, seconds=0.02, threads=1)
     assert isinstance(found["wrong"], _measure.RefusedError)
+    assert isinstance(found["broken"], ModuleNotFoundError)
     assert found["first"][0].contender == "first"
     assert len(found["second"][1]) >= _measure.MIN_ROUNDS
     assert calls.count("wrong") == 1  # the check
@@ -225,7 +232,7 @@ def test_peers_compute_the_same(name):
     for options in getattr(module, "OPTIONS", [{}]):
         gradient = getattr(module, "GRADIENT", ())
         row = _measure.case(REGISTRY[module.OP], size, dtype, "cpu", gradient, **options)
-        for peer_name, peer in getattr(module, "PEERS", {}).items():
+        for peer_name, peer in peers.installed(getattr(module, "PEERS", {})).items():
             if peer.checked and peer.when(size, row.dtype, "cpu", options):
                 verdict = _measure.verify(row, peer_name, peer.function, is_peer=True)
                 assert verdict.ok and verdict.error < 1, peer_name

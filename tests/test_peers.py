@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from dashpot._measure import Peer
 
 from bench import peers
 
@@ -47,5 +48,7 @@ def test_a_peer_computes():
 
 def test_what_is_not_installed():
     assert not peers.has("no_such_library.module")
+    here, elsewhere = Peer(min), Peer(max, needs="no_such_library")
+    assert peers.installed({"here": here, "elsewhere": elsewhere}) == {"here": here}
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
         peers.load("no_such_library")

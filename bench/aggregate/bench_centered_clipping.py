@@ -19,7 +19,7 @@ def byzfl(grads, tau):
     return peers.load("byzfl").CenteredClipping(tau=tau)(grads).to(grads.dtype)
 
 
-PEERS = {"torch": Peer(definition), "byzfl": Peer(byzfl, sizes.up_to_a_million)}
+PEERS = {"torch": Peer(definition), "byzfl": Peer(byzfl, sizes.up_to_a_million, needs="byzfl")}
 
 
 def test_centered_clipping(measure):

@@ -27,7 +27,7 @@ def byzfl(grads):
 PEERS = {
     "torch.median": Peer(torch_median, lambda size, *_: size[1] <= 1_000_000 and size[0] % 2),
     "torch.sort": Peer(sort, sizes.up_to_a_million),
-    "byzfl": Peer(byzfl, sizes.up_to_a_million),
+    "byzfl": Peer(byzfl, sizes.up_to_a_million, needs="byzfl"),
 }
 
 

@@ -24,7 +24,7 @@ def byzfl(grads, mask, p, count, f, rules):
 
 PEERS = {
     "torch.sort": Peer(one_sort, sizes.up_to_a_million),
-    "byzfl": Peer(byzfl, sizes.up_to_a_million),
+    "byzfl": Peer(byzfl, sizes.up_to_a_million, needs="byzfl"),
 }
 
 

@@ -44,8 +44,8 @@ def geom_median(grads):
 PEERS = {
     "torch gram": Peer(torch_gram),
     "torch": Peer(torch_steps, sizes.float32_up_to_a_million),
-    "byzfl": Peer(byzfl, sizes.float32_up_to_a_million),
-    "geom-median": Peer(geom_median, sizes.float32_up_to_a_million),
+    "byzfl": Peer(byzfl, sizes.float32_up_to_a_million, needs="byzfl"),
+    "geom-median": Peer(geom_median, sizes.float32_up_to_a_million, needs="geom_median"),
 }
 
 

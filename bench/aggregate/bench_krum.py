@@ -46,8 +46,8 @@ def is_torchjds(size, dtype, device, options):
 PEERS = {
     # Not in bfloat16: its distances are so wrong there that it takes another row, and is refused.
     "torch X @ X.T": Peer(torch_gram, lambda size, dtype, *_: dtype == torch.float32),
-    "byzfl": Peer(byzfl, is_byzfls),
-    "torchjd": Peer(torchjd, is_torchjds),
+    "byzfl": Peer(byzfl, is_byzfls, needs="byzfl"),
+    "torchjd": Peer(torchjd, is_torchjds, needs="torchjd"),
 }
 
 

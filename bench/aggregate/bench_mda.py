@@ -14,7 +14,11 @@ def byzfl(grads, f):
     return peers.load("byzfl").MDA(f)(grads).to(grads.dtype)
 
 
-PEERS = {"byzfl": Peer(byzfl, lambda size, *_: size[0] <= 15 and sizes.up_to_a_million(size))}
+PEERS = {
+    "byzfl": Peer(
+        byzfl, lambda size, *_: size[0] <= 15 and sizes.up_to_a_million(size), needs="byzfl"
+    )
+}
 
 
 def test_mda(measure):

@@ -31,7 +31,7 @@ def byzfl(grads, f):
 
 PEERS = {
     "torch topk": Peer(topk, sizes.float32_up_to_a_million),
-    "byzfl": Peer(byzfl, sizes.float32_up_to_100_000),
+    "byzfl": Peer(byzfl, sizes.float32_up_to_100_000, needs="byzfl"),
 }
 
 

@@ -23,7 +23,7 @@ def byzfl(grads):
 PEERS = {
     "mean of finite rows": Peer(finite_mean),
     "torch.mean": Peer(lambda grads: grads.mean(0)),
-    "byzfl": Peer(byzfl, sizes.up_to_a_million),
+    "byzfl": Peer(byzfl, sizes.up_to_a_million, needs="byzfl"),
 }
 
 

@@ -14,7 +14,7 @@ def byzfl(grads, f, idx):
     return peers.load("byzfl").MoNNA(f, idx)(grads).to(grads.dtype)
 
 
-PEERS = {"byzfl": Peer(byzfl, sizes.up_to_a_million)}
+PEERS = {"byzfl": Peer(byzfl, sizes.up_to_a_million, needs="byzfl")}
 
 
 def test_monna(measure):

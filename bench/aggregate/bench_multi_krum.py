@@ -28,8 +28,8 @@ def torchjd(grads, f, squared):
 
 PEERS = {
     "torch X @ X.T": Peer(torch_gram),
-    "byzfl": Peer(byzfl, bench_krum.is_byzfls),
-    "torchjd": Peer(torchjd, bench_krum.is_torchjds),
+    "byzfl": Peer(byzfl, bench_krum.is_byzfls, needs="byzfl"),
+    "torchjd": Peer(torchjd, bench_krum.is_torchjds, needs="torchjd"),
 }
 
 

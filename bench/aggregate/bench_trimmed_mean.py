@@ -23,8 +23,8 @@ def torchjd(grads, f):
 
 PEERS = {
     "torch.sort": Peer(sort, sizes.up_to_a_million),
-    "byzfl": Peer(byzfl, sizes.up_to_a_million),
-    "torchjd": Peer(torchjd, sizes.up_to_a_million),
+    "byzfl": Peer(byzfl, sizes.up_to_a_million, needs="byzfl"),
+    "torchjd": Peer(torchjd, sizes.up_to_a_million, needs="torchjd"),
 }
 
 

@@ -64,18 +64,15 @@ def products(query, key, *_):
 compiled = torch.compile(plain, dynamic=False)
 PEERS = {
     "plain PyTorch": Peer(plain),
-    "torch.compile": Peer(compiled, lambda size, dtype, device, options: device == "cuda"),
-    "open_clip": Peer(
-        open_clip, lambda size, *_: peers.has("open_clip"), checked=False
-    ),  # a mean, not rows
+    "torch.compile": Peer(compiled, peers.on_a_gpu),
+    "open_clip": Peer(open_clip, checked=False, needs="open_clip"),  # a mean, not rows
     "pytorch-metric-learning": Peer(
         metric_learning,
-        lambda size, *_: size[0] <= 257 and peers.has("pytorch_metric_learning"),
+        lambda size, *_: size[0] <= 257,
+        needs="pytorch_metric_learning",
         checked=False,
     ),
-    "Inf-CL": Peer(
-        inf_cl, lambda size, dtype, device, options: device == "cuda" and peers.has("inf_cl")
-    ),
+    "Inf-CL": Peer(inf_cl, peers.on_a_gpu, needs="inf_cl"),
     "6 products": Peer(products, checked=False),
 }
 

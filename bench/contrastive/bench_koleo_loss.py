@@ -32,10 +32,8 @@ def lightly(z, *_):
 
 PEERS = {
     "plain PyTorch": Peer(plain),
-    "torch.compile": Peer(
-        torch.compile(plain, dynamic=False), lambda size, dtype, device, options: device == "cuda"
-    ),
-    "lightly": Peer(lightly, lambda *_: peers.has("lightly"), checked=False),
+    "torch.compile": Peer(torch.compile(plain, dynamic=False), peers.on_a_gpu),
+    "lightly": Peer(lightly, checked=False, needs="lightly"),
 }
 
 

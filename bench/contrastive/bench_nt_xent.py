@@ -50,14 +50,13 @@ def metric_learning(z1, z2, *_):
 
 PEERS = {
     "plain PyTorch": Peer(plain),
-    "torch.compile": Peer(
-        torch.compile(plain, dynamic=False), lambda size, dtype, device, options: device == "cuda"
-    ),
+    "torch.compile": Peer(torch.compile(plain, dynamic=False), peers.on_a_gpu),
     # without subjects: less work
-    "lightly": Peer(lightly, lambda *_: peers.has("lightly"), checked=False),
+    "lightly": Peer(lightly, checked=False, needs="lightly"),
     "pytorch-metric-learning": Peer(
         metric_learning,
-        lambda size, *_: size[0] <= 256 and peers.has("pytorch_metric_learning"),
+        lambda size, *_: size[0] <= 256,
+        needs="pytorch_metric_learning",
         checked=False,
     ),
 }

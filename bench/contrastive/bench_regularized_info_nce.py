@@ -7,6 +7,8 @@ import torch
 from dashpot._measure import Peer
 from torch.nn import functional
 
+from bench import peers
+
 OP = "regularized_info_nce"
 SIZES = {torch.float32: [(256, 128), (2048, 128)], torch.bfloat16: [(2048, 128)]}
 GRADIENT = (0, 1)
@@ -49,9 +51,7 @@ def products(z1, z2, *_):
 
 PEERS = {
     "plain PyTorch": Peer(plain),
-    "torch.compile": Peer(
-        torch.compile(plain, dynamic=False), lambda size, dtype, device, options: device == "cuda"
-    ),
+    "torch.compile": Peer(torch.compile(plain, dynamic=False), peers.on_a_gpu),
     "9 products": Peer(products, checked=False),
 }
 

@@ -32,9 +32,7 @@ def published(z, labels, normalize):
 
 PEERS = {
     "published": Peer(published),
-    "pytorch-metric-learning": Peer(
-        metric_learning, lambda *_: peers.has("pytorch_metric_learning")
-    ),
+    "pytorch-metric-learning": Peer(metric_learning, needs="pytorch_metric_learning"),
 }
 
 

@@ -39,7 +39,8 @@ PEERS = {
     ),
     "pytorch-metric-learning": Peer(
         metric_learning,
-        lambda size, *_: size[0] <= 512 and peers.has("pytorch_metric_learning"),
+        lambda size, *_: size[0] <= 512,
+        needs="pytorch_metric_learning",
     ),
 }
 

@@ -84,14 +84,10 @@ def liger(logits1, logits2, target, alpha, label_smoothing, ignore_index, *_):
         return torch.autograd.grad(nll + alpha / 2 * symmetric, (logits1, logits2))
 
 
-def has_liger(size, dtype, device, options):
-    return device == "cuda" and peers.has("liger_kernel")
-
-
 PEERS = {
     "published form": Peer(published),
     "published, compiled": Peer(compiled),
-    "Liger": Peer(liger, has_liger, checked=False),
+    "Liger": Peer(liger, peers.on_a_gpu, checked=False, needs="liger_kernel"),
 }
 
 

@@ -89,17 +89,13 @@ def scattermoe(x, order, rank, offsets, w1, b1, w2, b2, *_):
     return y * (rank >= 0)
 
 
-def has_scattermoe(size, dtype, device, options):
-    return device == "cuda" and peers.has("scattermoe")
-
-
 PEERS = {
     "every expert": Peer(every_expert),
     "loop": Peer(loop),
     "sorted loop": Peer(sorted_loop),
     "F.grouped_mm": Peer(grouped_mm, has_grouped_mm),
     "the products alone": Peer(products, checked=False),
-    "scattermoe": Peer(scattermoe, has_scattermoe),
+    "scattermoe": Peer(scattermoe, peers.on_a_gpu, needs="scattermoe"),
 }
 
 

@@ -33,7 +33,7 @@ def transforms(input, target, *_):
 
 
 PEERS = {
-    "published": Peer(published, lambda *_: peers.has("focal_frequency_loss")),
+    "published": Peer(published, needs="focal_frequency_loss"),
     "bare transforms": Peer(transforms, checked=False),
 }
 

@@ -45,7 +45,7 @@ def transforms(input, target, windows, filters, channels, n_ffts, hops, *_):
 
 
 PEERS = {
-    "auraloss": Peer(auraloss, lambda *_: peers.has("auraloss")),
+    "auraloss": Peer(auraloss, needs="auraloss"),
     "bare transforms": Peer(transforms, checked=False),
 }
 

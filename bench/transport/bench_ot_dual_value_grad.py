@@ -41,9 +41,7 @@ def one_problem(size, dtype, device, options):
     return size[0] == 1 and size[1] != size[2] and isinstance(size[1], int) and device == "cpu"
 
 
-PEERS = {"torch": Peer(torch_topk)}
-if peers.has("ot.smooth"):
-    PEERS["POT"] = Peer(pot, one_problem)
+PEERS = {"torch": Peer(torch_topk), "POT": Peer(pot, one_problem, needs="ot")}
 
 
 def test_ot_dual_value_grad(measure):

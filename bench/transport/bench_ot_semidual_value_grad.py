@@ -54,10 +54,11 @@ def a_read(alpha, cost, a, b, reg, gamma, k):
     return cost.sum()
 
 
-PEERS = {"torch topk": Peer(torch_topk, lambda size, dtype, device, options: size[1] != "l2")}
-PEERS["a read"] = Peer(a_read, checked=False)
-if peers.has("ot.smooth"):
-    PEERS["POT"] = Peer(pot, one_problem)
+PEERS = {
+    "torch topk": Peer(torch_topk, lambda size, dtype, device, options: size[1] != "l2"),
+    "a read": Peer(a_read, checked=False),
+    "POT": Peer(pot, one_problem, needs="ot"),
+}
 
 
 def test_ot_semidual_value_grad(measure):

@@ -46,9 +46,10 @@ def with_lbfgs(size, dtype, device, options):
     return device == "cpu" and size[3] == "lbfgs"
 
 
-PEERS = {"cdist, then ours": Peer(stored, checked=False)}
-if peers.has("ot.smooth"):
-    PEERS["POT"] = Peer(pot, with_lbfgs, checked=False)
+PEERS = {
+    "cdist, then ours": Peer(stored, checked=False),
+    "POT": Peer(pot, with_lbfgs, checked=False, needs="ot"),
+}
 
 
 def test_regularized_ot_points(measure):

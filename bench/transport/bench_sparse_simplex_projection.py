@@ -35,9 +35,7 @@ def on_the_cpu(size, dtype, device, options):
     return device == "cpu" and size[0] < size[2]
 
 
-PEERS = {"torch topk": Peer(torch_topk)}
-if peers.has("ot.utils"):
-    PEERS["POT"] = Peer(pot, on_the_cpu)
+PEERS = {"torch topk": Peer(torch_topk), "POT": Peer(pot, on_the_cpu, needs="ot")}
 
 
 def test_sparse_simplex_projection(measure):

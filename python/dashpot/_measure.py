@@ -78,11 +78,13 @@ class Peer:
     """The same result by other means. function(*args of the op, **options) -> its outputs.
 
     when: (size, dtype, device, options) for which it is listed. checked: False for a yardstick.
+    needs: the module without which it is not listed.
     """
 
     function: Callable
     when: Callable = lambda size, dtype, device, options: True
     checked: bool = True
+    needs: str | None = None
 
 
 @dataclass
@@ -382,7 +384,7 @@ def measure(row: Case, name: str, *, threads: int | None = None, seconds: float 
         row, {name: peer}, threads=threads, seconds=seconds, copy=copy, inputs=inputs,
         peak_flops=peak_flops,
     )[name]  # fmt: skip
-    if isinstance(found, RefusedError):
+    if isinstance(found, Exception):
         raise found
     return found
 
@@ -391,9 +393,9 @@ def measure_together(
     row: Case, contenders: dict[str, Peer | None], *, threads: int | None = None,
     seconds: float = 0.25, copy: CopyLoop | None = None, inputs: Sequence | None = None,
     peak_flops: float | None = None,
-) -> dict[str, tuple[Row, list[float]] | RefusedError]:  # fmt: skip
-    """`measure` of several contenders (None: a backend), timed in alternation; the error in place
-    of a result that is wrong."""
+) -> dict[str, tuple[Row, list[float]] | Exception]:  # fmt: skip
+    """`measure` of several contenders (None: a backend), timed in alternation. One whose check
+    raised is left out, and the error, which the caller must raise, stands in place of its row."""
     threads = torch.get_num_threads() if threads is None else threads
     found, ready, verdicts = {}, {}, {}
     with _check.threads(threads):
@@ -404,7 +406,7 @@ def measure_together(
             try:
                 if peer is None or peer.checked:
                     verdicts[name] = verify(row, name, function, peer is not None)
-            except RefusedError as error:
+            except Exception as error:  # one that fails must not take the others' rows with it
                 found[name] = error
                 continue
             call = functools.partial(function, **row.options)
