@@ -3,10 +3,11 @@
 //     t = [s - theta]+ / gamma on the k largest s, sum t = b (semi-dual); theta = 0 (dual)
 //
 // A vector holds a number of each column of a tile. For k <= kListed the k + 1 largest of each are
-// kept in registers, one walk over the scores; else a few walks find the threshold without a bound
+// kept in registers, one walk over the scores; for k <= kSorted, should the last evaluation's level
+// not serve again, they are sorted (sorted.h); else a few walks find the threshold without a bound
 // (Newton on sum [s - theta]+ from the last evaluation's, monotone and finite from its first step
 // on) and, if more than k scores lie above it, the k-th largest (counts at levels between, again
-// from the last evaluation's). No sort.
+// from the last evaluation's).
 #pragma once
 
 #include <cmath>
@@ -15,6 +16,7 @@
 
 #include "common/simd.h"
 #include "transport/problem.h"
+#include "transport/sorted.h"
 
 namespace dashpot::transport {
 
@@ -227,6 +229,53 @@ DASHPOT_INLINE void bound_by_count(const Tile<T>& tile, Vec<T, isa> start, Vec<T
   }
 }
 
+// k <= kSorted: from the sorted list of the largest.
+template <class T, Isa isa>
+DASHPOT_INLINE Choice<T, isa> choose_sorted(const Tile<T>& tile) {
+  using V = Vec<T, isa>;
+  const V lowest = fill<T, isa>(-std::numeric_limits<T>::infinity()), zero = {}, one = zero + T(1);
+  const V budget = tile.gamma * load<T, isa>(tile.mass);
+  V top[kSorted + 1];
+  sort_largest<T, isa>(tile.scores, tile.m, top);
+  const V last = top[tile.k - 1], next = top[tile.k];
+  Choice<T, isa> found;
+  found.theta = zero;
+  V full = last > zero ? one : zero;  // 1 where all k lie above theta
+  if (!tile.dual) {
+    // The threshold of all k, from their excess over the k-th: sums that do not cancel.
+    V excess = zero;
+    for (int64_t q = 0; q < tile.k; ++q) excess += top[q] - last;
+    full = excess < budget ? one : zero;
+    found.theta = last + (excess - budget) / T(tile.k);
+    if (any<T, isa>(full < one)) {
+      V total = zero, theta = zero;  // relative to the largest score
+      for (int64_t q = 0; q < tile.k; ++q) {
+        const V below = top[q] - top[0];
+        total += below;
+        const V candidate = (total - budget) / T(q + 1);
+        theta = below > candidate ? candidate : theta;
+      }
+      V sum = zero, count = zero;  // a step of Newton's takes off what rounding left
+      for (int64_t q = 0; q < tile.k; ++q) {
+        const V gap = (top[q] - top[0]) - theta;
+        sum += gap > zero ? gap : zero;
+        count += gap > zero ? one : zero;
+      }
+      theta += count > zero ? (sum - budget) / count : zero;
+      found.theta = full > zero ? found.theta : top[0] + theta;
+    }
+  }
+  const V middle = next + (last - next) * T(0.5);
+  found.bound = full > zero ? last : found.theta;
+  found.tied = next == last ? full : zero;
+  found.level = middle > found.theta ? middle : found.theta;
+  found.level = full > zero ? found.level : found.theta;
+  const V dead = top[0] == lowest ? one : zero;  // nothing can be chosen
+  if (!tile.dual) found.theta = dead > zero ? lowest : found.theta;
+  found.bound = dead > zero ? -lowest : found.bound;
+  return found;
+}
+
 template <class T, Isa isa>
 DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
   using V = Vec<T, isa>;
@@ -258,6 +307,7 @@ DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
     found.level = start;
     return found;
   }
+  if (tile.k <= kSorted && tile.k < tile.m) return choose_sorted<T, isa>(tile);
   if (tile.dual) {
     found.theta = zero;
     at = above<T, isa>(tile, zero);
