@@ -93,6 +93,22 @@ def test_opposite_shifts_change_nothing(backend64):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("k", [9, 31, 32, 33])
+@pytest.mark.parametrize("m", [33, 64, 95, 300])
+def test_columns_that_are_sorted(backend64, m, k):
+    """Around the width of the sorting network; ties, and columns with few positive scores."""
+    alpha, beta, cost, a, b = problem(m, 19, seed=m + k)
+    alpha, beta, cost = (x.round(decimals=2) for x in (alpha, beta, cost))
+    beta[4] -= 1
+    cost[5:, 5] = torch.inf
+    with dashpot.backend("reference"):
+        want = dashpot.ot_dual_value_grad(alpha, beta, cost, a, b, max_nz=k, gamma=0.3)
+    args = (x.to(backend64.device) for x in (alpha, beta, cost, a, b))
+    got = dashpot.ot_dual_value_grad(*args, max_nz=k, gamma=0.3)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("k", [2, 12])
 def test_equal_scores_take_the_first_rows(backend64, k):
     """All scores 1: k rows of each column get 1 / gamma."""

@@ -133,6 +133,24 @@ def test_long_and_wide_problems(backend64, m, n, k):
         torch.testing.assert_close(x.cpu(), y, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("gamma", [0.01, 5.0])  # few entries of a column, or k of most
+@pytest.mark.parametrize("k", [9, 31, 32, 33])
+@pytest.mark.parametrize("m", [33, 64, 95, 300])
+def test_columns_that_are_sorted(backend64, m, k, gamma):
+    """Around the width of the sorting network; ties, columns without mass or with few pairs."""
+    alpha, cost, a, b = problem(m, 19, seed=m + k)
+    cost = cost.round(decimals=2)
+    alpha = alpha.round(decimals=2)
+    b[3] = 0
+    cost[5:, 4] = torch.inf
+    with dashpot.backend("reference"):
+        want = dashpot.ot_semidual_value_grad(alpha, cost, a, b, max_nz=k, gamma=gamma)
+    args = (x.to(backend64.device) for x in (alpha, cost, a, b))
+    got = dashpot.ot_semidual_value_grad(*args, max_nz=k, gamma=gamma)
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x.cpu(), y, rtol=1e-11, atol=1e-12)
+
+
 def test_no_problem(backend64):
     alpha, cost, a, b = problem(6, 5, device=backend64.device, batch=(2, 0))
     got = dashpot.ot_semidual_value_grad(alpha, cost, a, b, max_nz=2)
