@@ -406,7 +406,7 @@ def measure_together(
             try:
                 if peer is None or peer.checked:
                     verdicts[name] = verify(row, name, function, peer is not None)
-            except Exception as error:  # one that fails must not take the others' rows with it
+            except (ImportError, RuntimeError) as error:  # it must not take the others with it
                 found[name] = error
                 continue
             call = functools.partial(function, **row.options)

@@ -59,7 +59,9 @@ def geometric_median(
     r"""The geometric median :math:`\arg\min_z \sum_i a_i |z - g_i|`: two reads of the rows and one
     write, however many steps it takes.
 
-    Weiszfeld's steps run on the squared distances; see `geometric_median_coeffs`.
+    Weiszfeld's steps run on the squared distances; see `geometric_median_coeffs`. In float64 these
+    hold the other rows' spread beside one far row up to about 1e16 times that spread. Beyond, the
+    result moves with the far row: clip rows that may be so long before.
 
     Args:
         grads: tensor (p, ...), list of p tensors, or p lists of S tensors, as in `gram`.
