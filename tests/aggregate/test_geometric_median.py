@@ -108,10 +108,10 @@ def test_errors(random_rows):
         dashpot.geometric_median(rows, weights=torch.ones(5, 1))
 
 
-@pytest.mark.parametrize("size", [1e3, 1e12, 1e15])
+@pytest.mark.parametrize("size", [1e3, 1e12, 1e15, 1e20])
 def test_bounded_however_loud_the_bad_rows(backend64, random_rows, size):
-    """Three of fifteen, in three directions: the point stays among the honest rows. Rows beyond
-    1e16 times their spread are more than squared distances in float64 can tell apart."""
+    """Three of fifteen, in three directions: the point stays among the honest rows, as far as
+    squared distances in float64 tell these apart."""
     rows = random_rows(15, 40, device=backend64.device)
     honest = rows[:12].mean(0)
     for i in (12, 13, 14):
@@ -119,4 +119,5 @@ def test_bounded_however_loud_the_bad_rows(backend64, random_rows, size):
         rows[i, i] = size
     median = dashpot.geometric_median(rows)
     spread = (rows[:12] - honest).norm(dim=1).max()
-    assert (median - honest).norm() < spread
+    resolved = (torch.finfo(torch.float64).eps * size * spread).sqrt()
+    assert (median - honest).norm() < spread + resolved

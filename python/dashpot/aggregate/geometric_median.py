@@ -60,8 +60,8 @@ def geometric_median(
     write, however many steps it takes.
 
     Weiszfeld's steps run on the squared distances; see `geometric_median_coeffs`. In float64 these
-    hold the other rows' spread beside one far row up to about 1e16 times that spread. Beyond, the
-    result moves with the far row: clip rows that may be so long before.
+    resolve the other rows beside one of length L to about sqrt(1e-16 L spread), which is beyond
+    the spread itself from L of 1e16 spreads on: clip rows that may be so long before.
 
     Args:
         grads: tensor (p, ...), list of p tensors, or p lists of S tensors, as in `gram`.
