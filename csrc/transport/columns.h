@@ -15,6 +15,7 @@
 #include <limits>
 #include <vector>
 
+#include "common/aligned.h"
 #include "common/math.h"
 #include "common/simd.h"
 #include "transport/choose.h"
@@ -333,7 +334,7 @@ struct SumLanes {
 // The thread's room for tiles: kept, for a solver comes back hundreds of times.
 template <class T>
 T* tile_room(int64_t count) {
-  static thread_local std::vector<T> room;
+  static thread_local AlignedVector<T> room;
   if (static_cast<int64_t>(room.size()) < count) room.resize(count);
   return room.data();
 }

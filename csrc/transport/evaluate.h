@@ -9,6 +9,7 @@
 #include "common/parallel.h"
 #include "common/tensor.h"
 #include "transport/listed.h"
+#include "transport/open.h"
 
 namespace dashpot::transport {
 
@@ -87,6 +88,8 @@ void evaluate(const Options& options, int64_t batch, const T* alpha, const T* be
     if (listed_in_one_pass(options)) {
       evaluate_listed<T, C>(options, a_row, shift, b + problem * n, own, begin, end, width, sums,
                             value, found_of(problem));
+    } else if (is_open(options)) {
+      *value = evaluate_open<T, C>(options, a_row, shift, own, begin, end, sums, found_of(problem));
     } else {
       *value = evaluate_columns<T, C>(options, a_row, shift, b + problem * n, own, begin, end, sums,
                                       found_of(problem), [](const Tile<T>&, int64_t, int64_t) {});

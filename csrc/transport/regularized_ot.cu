@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   Options dual = settings.options;
   dual.dual = true;
   Function smoothed(dual, block, columns, loops, lists);
-  Options bare = settings.options;
+  Options bare = dual;
   bare.reg = Reg::kL2;
   bare.k = m;
   BlockFunction<T, C, 0> relaxed(bare, block, columns, loops, nullptr);

@@ -46,6 +46,8 @@ struct BlockVectors {
   __device__ void copy(const double* from, int64_t n, double* to) const {
     each(n, [&](int64_t i) { to[i] = from[i]; });
   }
+  // After it every thread may read what another one's loop has written.
+  __device__ void meet() const { __syncthreads(); }
 };
 
 // Where a block keeps a problem; cost may be in global memory, the rest is in shared memory.
@@ -96,6 +98,7 @@ class BlockFunction {
     vectors_.each(m, [&](int64_t i) { g[i] = problem_.row_sums[i] - problem_.a[i]; });
     if (options_.dual) {
       vectors_.each(options_.n, [&](int64_t j) { g[m + j] = problem_.out[j] - problem_.b[j]; });
+      vectors_.meet();  // element m + j of a vector belongs to another thread than element j
     }
     return -value;
   }
@@ -115,7 +118,7 @@ class BlockFunction {
     return gamma + gamma * log(static_cast<double>(problem_.b[j])) - found;
   }
 
-  // What Newton's method asks of the l2 semi-dual, see newton.h.
+  // What Newton's method asks of the l2 dual, see newton.h.
   __device__ void soften(double gamma) { options_.gamma = gamma; }
   __device__ double spread() const {
     Pair<double> ends{-INFINITY, -INFINITY};  // minus the smallest, the largest
@@ -127,38 +130,41 @@ class BlockFunction {
     ends = vectors_.team.all(ends, Max{});
     return ends.first + ends.second > 0 ? ends.first + ends.second : 0.0;
   }
-  // to = W 1 / gamma at the last evaluation
-  __device__ __noinline__ void diagonal(double* to) const {
-    __syncthreads();
-    vectors_.each(options_.m, [&](int64_t i) {
-      double count = 0;
-      for (int64_t j = 0; j < options_.n; ++j) count += holds(i, j) ? 1 : 0;
-      to[i] = count / options_.gamma;
+  __device__ __noinline__ void eliminate(double* x) {
+    options_.dual = false;
+    evaluate(x);
+    vectors_.each(options_.n, [&](int64_t j) {
+      const double found = beta(j);
+      x[options_.m + j] = fabs(found) < INFINITY ? found : 0.0;
     });
+    options_.dual = true;
   }
-  // to = H d: means of d over the columns' supports first, where `level` has room for them.
-  __device__ __noinline__ void curve(const double* d, double* to) const {
+  // Counts take the places of the evaluation's sums, which the gradient has taken up.
+  __device__ __noinline__ void hold() {
     const int64_t m = options_.m, n = options_.n;
     __syncthreads();
-    for (int64_t first = 0; first < n; first += kColumns) {
-      const int64_t j = first + columns_.column();
-      Pair<T> mine{0, 0};
-      for (int64_t i = columns_.lane(); i < m && j < n; i += columns_.lanes()) {
-        if (!holds(i, j)) continue;
-        mine.first += static_cast<T>(d[i]);
-        mine.second += 1;
-      }
-      const Pair<T> total = columns_.all(mine, Sum{});
-      if (columns_.lane() > 0 || j >= n) continue;
-      problem_.level[j] = total.second > 0 ? total.first / total.second : T(0);
-    }
-    __syncthreads();
     vectors_.each(m, [&](int64_t i) {
+      T count = 0;
+      for (int64_t j = 0; j < n; ++j) count += holds(i, j) ? T(1) : T(0);
+      problem_.row_sums[i] = count;
+    });
+    over_columns([](int64_t) { return T(1); }, problem_.out);
+  }
+  __device__ double row(int64_t i) const { return problem_.row_sums[i]; }
+  __device__ double column(int64_t j) const { return problem_.out[j]; }
+  __device__ __noinline__ void to_rows(const double* v, double* to) const {
+    __syncthreads();
+    vectors_.each(options_.m, [&](int64_t i) {
       double sum = 0;
-      for (int64_t j = 0; j < n; ++j) sum += holds(i, j) ? d[i] - problem_.level[j] : 0.0;
-      to[i] = sum / options_.gamma;
+      for (int64_t j = 0; j < options_.n; ++j) sum += holds(i, j) ? v[j] : 0.0;
+      to[i] = sum;
     });
   }
+  __device__ __noinline__ void to_columns(const double* u, double* to) const {
+    __syncthreads();
+    over_columns([&](int64_t i) { return static_cast<T>(u[i]); }, to);
+  }
+  __device__ bool solve(double, bool, double*) const { return false; }  // conjugate gradients
 
   // Value, errors, gap and ties at x; beta (n,) too. The last evaluation of a solve.
   __device__ __noinline__ Report report(const double* x, double tol, double* to_beta) {
@@ -201,11 +207,25 @@ class BlockFunction {
   }
 
  private:
-  // Whether the plan of the last evaluation (l2, semi-dual) holds the pair.
+  // Whether the plan of the last evaluation (l2, dual) holds the pair.
   __device__ bool holds(int64_t i, int64_t j) const {
-    const T theta = problem_.out[j];
     const T cost = device_cast<T>(problem_.cost[i * problem_.row + j * problem_.column]);
-    return theta > lowest<T>() && problem_.alpha[i] - cost > theta;
+    return (problem_.alpha[i] + problem_.beta[j]) - cost > 0;
+  }
+
+  // to (n,): sums of number(i) over the rows that the plan holds of each column.
+  template <class Number, class To>
+  __device__ void over_columns(Number number, To* to) const {
+    for (int64_t first = 0; first < options_.n; first += kColumns) {
+      const int64_t j = first + columns_.column();
+      Pair<T> mine{0, 0};
+      for (int64_t i = columns_.lane(); i < options_.m && j < options_.n; i += columns_.lanes()) {
+        mine.first += holds(i, j) ? number(i) : T(0);
+      }
+      const T sum = columns_.all(mine, Sum{}).first;
+      if (columns_.lane() == 0 && j < options_.n) to[j] = sum;
+    }
+    __syncthreads();
   }
 
   // The objective; leaves row sums and what is found of the columns in the problem.

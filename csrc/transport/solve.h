@@ -26,6 +26,34 @@ inline Solver solver_of(const std::string& name) {
                               : Solver::kAuto;
 }
 
+// [low, high] widened to the numbers of a line, but for +inf.
+template <class T, class E>
+struct Widen {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const E* line, int64_t length, T* low, T* high) {
+    constexpr int kWidth = kLanes<T, isa>;
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    const Vec<T, isa> infinity = Vec<T, isa>{} + kInfinity;
+    Vec<T, isa> least = infinity, most = -infinity;
+    int64_t c = 0;
+    for (; c + kWidth <= length; c += kWidth) {
+      const Vec<T, isa> cost = load_as<T, isa>(line + c);
+      const Vec<T, isa> finite = cost < infinity ? cost : -infinity;
+      least = cost < least ? cost : least;
+      most = finite > most ? finite : most;
+    }
+    for (int lane = 0; lane < kWidth; ++lane) {
+      *low = std::min<T>(*low, least[lane]);
+      *high = std::max<T>(*high, most[lane]);
+    }
+    for (; c < length; ++c) {
+      const T cost = convert<T>(line[c]);
+      *low = std::min(*low, cost);
+      if (cost < kInfinity) *high = std::max(*high, cost);
+    }
+  }
+};
+
 // The function to be minimised, minus the (semi-)dual, of x = alpha, or (alpha, beta).
 template <class T, class C>
 class Negated {
@@ -43,7 +71,8 @@ class Negated {
         alpha_(options.m),
         beta_(options.n),
         level_(options.n, std::numeric_limits<T>::infinity()),
-        column_(options.n) {
+        column_(options.n),
+        rows_(options.m) {
     for (int64_t i = 0; i < options.m; ++i) mass_ += a[i];
     scale =
         options.gamma / std::max(1e-300, options.reg == Reg::kNegentropy ? mass_ / options.m : 1.0);
@@ -59,18 +88,9 @@ class Negated {
     const int64_t m = options_.m, n = options_.n;
     std::copy_n(x, m, alpha_.data());
     if (options_.dual) std::copy_n(x + m, n, beta_.data());
-    const T* const beta = options_.dual ? beta_.data() : nullptr;
-    double* const column = options_.dual ? g + m : column_.data();
-    double obj;
-    if (listed_.worth(options_)) {
-      listed_.evaluate(options_, cost_, alpha_.data(), beta, a_, b_, &obj, g, column, level_.data(),
-                       scratch_, threads_);
-    } else {
-      evaluate<T, C, double>(options_, 1, alpha_.data(), beta, cost_, a_, b_, &obj, g, column,
-                             level_.data(), nullptr, scratch_, threads_);
-    }
+    const double obj =
+        run(options_.dual ? beta_.data() : nullptr, g, options_.dual ? g + m : column_.data());
     for (int64_t i = 0; i < size(); ++i) g[i] = -g[i];
-    ++evaluations;
     return -obj;
   }
 
@@ -82,29 +102,35 @@ class Negated {
     return std::max(rows, columns) / std::max(mass_, 1e-300);
   }
 
-  // What Newton's method asks of the l2 semi-dual, see newton.h.
+  // What Newton's method asks of the l2 dual, see newton.h.
   void soften(double gamma) { options_.gamma = gamma; }
   double spread() const {
     const bool by_rows = cost_.lines_are_rows();
     const int64_t lines = by_rows ? options_.m : options_.n;
     const int64_t length = by_rows ? options_.n : options_.m;
-    double low = INFINITY, high = -INFINITY;
+    T low = std::numeric_limits<T>::infinity(), high = -low;
     for (int64_t l = 0; l < lines; ++l) {
-      const auto* const line = cost_.line(l, length);
-      for (int64_t c = 0; c < length; ++c) {
-        const double value = convert<T>(line[c]);
-        low = value < low ? value : low;
-        high = value > high && value < INFINITY ? value : high;
-      }
+      run_on_isa<Widen<T, typename Cost<C>::Entry>>(cost_.line(l, length), length, &low, &high);
     }
     return high >= low ? high - low : 0;
   }
-  void diagonal(double* to) {
-    support_.list(options_, cost_, alpha_.data(), column_.data(), threads_);
-    ++evaluations;
-    support_.diagonal(to);
+  void eliminate(double* x) {
+    const int64_t m = options_.m, n = options_.n;
+    std::copy_n(x, m, alpha_.data());
+    options_.dual = false;
+    run(nullptr, rows_.data(), column_.data());
+    options_.dual = true;
+    for (int64_t j = 0; j < n; ++j) x[m + j] = std::isfinite(column_[j]) ? column_[j] : 0.0;
   }
-  void curve(const double* d, double* to) { support_.curve(d, to); }
+  void hold() {
+    support_.list(options_, cost_, alpha_.data(), beta_.data(), threads_);
+    ++evaluations;
+  }
+  double row(int64_t i) const { return support_.row(i); }
+  double column(int64_t j) const { return support_.column(j); }
+  void to_rows(const double* v, double* to) const { support_.to_rows(v, to); }
+  void to_columns(const double* u, double* to) const { support_.to_columns(u, to); }
+  bool solve(double delta, bool rough, double* d) { return support_.solve(delta, rough, d); }
 
   // Masses of the rows and of the columns.
   double a(int64_t i) const { return a_[i]; }
@@ -150,14 +176,29 @@ class Negated {
   }
 
  private:
+  // One evaluation at alpha_ and beta (n,), or null: the objective, a - T 1 (m,), and b - T^T 1 or
+  // beta (n,).
+  double run(const T* beta, double* rows, double* column) {
+    double obj;
+    if (listed_.worth(options_)) {
+      listed_.evaluate(options_, cost_, alpha_.data(), beta, a_, b_, &obj, rows, column,
+                       level_.data(), scratch_, threads_);
+    } else {
+      evaluate<T, C, double>(options_, 1, alpha_.data(), beta, cost_, a_, b_, &obj, rows, column,
+                             level_.data(), nullptr, scratch_, threads_);
+    }
+    ++evaluations;
+    return obj;
+  }
+
   Options options_;
   Cost<C> cost_;
   const T* a_;
   const T* b_;
   int threads_;
   double mass_ = 0;
-  std::vector<T> alpha_, beta_, level_;
-  std::vector<double> column_;
+  AlignedVector<T> alpha_, beta_, level_;
+  std::vector<double> column_, rows_;  // (n,), (m,)
   Scratch<T> scratch_;
   Candidates<T, C> listed_;
   Support<T, C> support_;
@@ -178,12 +219,12 @@ class Solve {
     const std::vector<double> a(a_, a_ + m), b(b_, b_ + n);
     Options dual = options;
     dual.dual = true;
-    Options bare = options;
+    Options bare = dual;
     bare.reg = Reg::kL2;
     bare.k = m;
     Negated<T, C> relaxed(bare, cost_, a_, b_, threads_);
     Negated<double, C> smoothed(dual, cost_, a.data(), b.data(), threads_);
-    std::vector<double> x(m + n), room(solve_room(m, n));
+    AlignedVector<double> x(m + n), room(solve_room(m, n));
     std::copy_n(alpha, m, x.data());
     std::copy_n(beta, n, x.data() + m);
     Alone alone;

@@ -154,14 +154,14 @@ DASHPOT_HD inline Progress operator+(const Progress& first, const Progress& then
 }
 
 // x (m + n,) from where to start to the solution; room (solve_room(m, n),). relaxed: the l2
-// semi-dual, without a bound; smoothed: the dual with a `smooth(mu)`.
+// dual, without a bound; smoothed: the dual with a `smooth(mu)`.
 template <class Vectors, class Function, class Relaxed, class Smoothed>
 DASHPOT_HD Progress climb(Vectors& vectors, Function& function, Relaxed& relaxed,
                           Smoothed& smoothed, double* room, double* x, const Settings& settings) {
   const Options& options = settings.options;
   const int64_t size = function.size(), steps = settings.max_iter;
-  double* g = room;
-  double* rest = g + size;
+  double* g = room;  // (m + n,)
+  double* rest = g + options.m + options.n;
   if (settings.solver == Solver::kAdam) return adam(vectors, function, rest, x, g, size, settings);
   if (settings.solver == Solver::kSinkhorn) return sinkhorn(vectors, function, x, g, settings);
   if (settings.smoothing > 0) {

@@ -1,6 +1,4 @@
-// The support W (m, n) of an l2 plan, listed, and the Hessian of minus the semi-dual on it:
-//
-//     H d = (diag(W 1) d - W diag(1 / r) W^T d) / gamma,   r = W^T 1
+// The support W (m, n) of an l2 plan, listed; its products, and its systems of equations.
 //
 // Entries are listed along the cost's memory: per line (a row; a column where columns lie one after
 // another or are made from points) the places in it. One read of the cost, then O(entries) per
@@ -10,130 +8,214 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "common/parallel.h"
+#include "transport/bipartite.h"
 #include "transport/columns.h"
 
 namespace dashpot::transport {
 
-// Places c of a line where own + other_c - cost_c > 0, appended to `to`.
-template <class T, class E>
-struct ListLine {
-  static constexpr int kTogether = 4;  // vectors looked at together: most hold nothing
+// Numbers that are appended without a look at the room, which is made before.
+class Places {
+ public:
+  const int32_t* data() const { return data_.get(); }
+  int64_t size() const { return size_; }
+  void clear() { size_ = 0; }
+  int32_t* end() { return data_.get() + size_; }
+  void end(const int32_t* end) { size_ = end - data_.get(); }
+  // Room for `more` beyond the end.
+  void reserve(int64_t more) {
+    if (size_ + more <= room_) return;
+    room_ = std::max(size_ + more, 2 * room_);
+    std::unique_ptr<int32_t[]> larger(new int32_t[room_]);
+    std::copy_n(data_.get(), size_, larger.get());
+    data_ = std::move(larger);
+  }
+
+ private:
+  std::unique_ptr<int32_t[]> data_;
+  int64_t size_ = 0, room_ = 0;
+};
+
+// Of each line l in [first, last) the places c where own_l + other_c - C_lc > 0, to `to`, and where
+// they end; there is room for kWord places more than there are.
+template <class T, class C>
+struct ListLines {
+  static constexpr int kWord = 64, kAtOnce = 4;
   template <Isa isa>
-  static DASHPOT_INLINE void run(T own, const T* other, const E* cost, int64_t length,
-                                 std::vector<int32_t>* to) {
-    constexpr int kWidth = kLanes<T, isa>, kStep = kTogether * kWidth;
-    const auto look = [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) {
-        if (own + other[c] - convert<T>(cost[c]) > 0) to->push_back(static_cast<int32_t>(c));
+  static DASHPOT_INLINE void run(const Cost<C>* cost, const T* own, const T* other, int64_t first,
+                                 int64_t last, int64_t length, int32_t* to, int32_t** ends) {
+    for (int64_t l = first; l < last; ++l) {
+      const auto* const line = cost->line(l, length);
+      int64_t begin = 0;
+      for (; begin + kWord <= length; begin += kWord) {
+        to = write(to, begin, compare<isa>(own[l], other + begin, line + begin));
       }
-    };
-    int64_t begin = 0;
-    for (; begin + kStep <= length; begin += kStep) {
-      Vec<T, isa> most = {};
-      const Vec<T, isa> zero = {};
-      for (int64_t c = begin; c < begin + kStep; c += kWidth) {
-        const Vec<T, isa> score = own + load<T, isa>(other + c) - load_as<T, isa>(cost + c);
-        most = score > most ? score : most;
+      if (begin < length) {
+        T rest[kWord];
+        std::fill_n(rest, kWord, -std::numeric_limits<T>::infinity());
+        for (int64_t c = begin; c < length; ++c) {
+          rest[c - begin] = own[l] + other[c] - convert<T>(line[c]);
+        }
+        to = write(to, begin, compare<isa>(rest));
       }
-      if (any<T, isa>(most > zero)) look(begin, begin + kStep);
+      *ends++ = to;
     }
-    look(begin, length);
+  }
+
+  // A bit for each of kWord places.
+  template <Isa isa, class... Score>
+  static DASHPOT_INLINE uint64_t compare(Score... score) {
+    constexpr int kWidth = kLanes<T, isa>;
+    typedef int8_t Bytes __attribute__((vector_size(kWidth)));
+    int8_t chosen[kWord];  // -1 where it is
+    for (int c = 0; c < kWord; c += kWidth) {
+      const Bytes here = __builtin_convertvector(at<isa>(c, score...) > Vec<T, isa>{}, Bytes);
+      std::memcpy(chosen + c, &here, sizeof here);
+    }
+    uint64_t mask = 0;
+    for (int w = 0; w < 8; ++w) {
+      uint64_t bytes;
+      std::memcpy(&bytes, chosen + 8 * w, 8);
+      mask |= (bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56 << 8 * w;
+    }
+    return mask;
+  }
+  template <Isa isa>
+  static DASHPOT_INLINE Vec<T, isa> at(int c, const T* score) {
+    return load<T, isa>(score + c);
+  }
+  template <Isa isa, class E>
+  static DASHPOT_INLINE Vec<T, isa> at(int c, T own, const T* other, const E* cost) {
+    return own + load<T, isa>(other + c) - load_as<T, isa>(cost + c);
+  }
+
+  // A few places are written whether they are there or not: no branch to foretell.
+  static DASHPOT_INLINE int32_t* write(int32_t* to, int64_t begin, uint64_t mask) {
+    const int count = __builtin_popcountll(mask);
+    for (int q = 0; q < kAtOnce; ++q, mask &= mask - 1) {
+      to[q] = static_cast<int32_t>(begin) + __builtin_ctzll(mask | uint64_t{1} << 63);
+    }
+    for (int q = kAtOnce; q < count; ++q, mask &= mask - 1) {
+      to[q] = static_cast<int32_t>(begin) + __builtin_ctzll(mask);
+    }
+    return to + count;
   }
 };
 
 template <class T, class C>
 class Support {
  public:
-  // At alpha (m,), beta (n,) = -theta.
-  void list(const Options& options, const Cost<C>& cost, const T* alpha, const double* beta,
+  // Of [alpha + beta - C]+, alpha (m,), beta (n,).
+  void list(const Options& options, const Cost<C>& cost, const T* alpha, const T* beta,
             int threads) {
     by_rows_ = cost.lines_are_rows();
-    m_ = options.m, n_ = options.n, gamma_ = options.gamma;
-    beta_.resize(n_);
-    for (int64_t j = 0; j < n_; ++j) {  // not finite: nothing can be chosen
-      beta_[j] =
-          std::isfinite(beta[j]) ? static_cast<T>(beta[j]) : -std::numeric_limits<T>::infinity();
-    }
+    m_ = options.m, n_ = options.n;
     const int64_t lines = by_rows_ ? m_ : n_, length = by_rows_ ? n_ : m_;
-    const T* const own = by_rows_ ? alpha : beta_.data();
-    const T* const other = by_rows_ ? beta_.data() : alpha;
+    const T* const own = by_rows_ ? alpha : beta;
+    const T* const other = by_rows_ ? beta : alpha;
     chunks_.resize((lines + kChunk - 1) / kChunk);
     parallel_for(static_cast<int64_t>(chunks_.size()), threads, [&](int64_t item) {
       Chunk& chunk = chunks_[item];
       chunk.places.clear();
       chunk.ends.clear();
-      for (int64_t l = item * kChunk; l < std::min(lines, (item + 1) * kChunk); ++l) {
-        run_on_isa<ListLine<T, typename Cost<C>::Entry>>(own[l], other, cost.line(l, length),
-                                                         length, &chunk.places);
-        chunk.ends.push_back(static_cast<int64_t>(chunk.places.size()));
+      const int64_t last = std::min(lines, (item + 1) * kChunk);
+      const int64_t step =
+          std::max<int64_t>(1, kRoom / length);  // few: room is made for all of them
+      for (int64_t l = item * kChunk; l < last; l += step) {
+        const int64_t to = std::min(last, l + step);
+        chunk.places.reserve((to - l) * length + ListLines<T, C>::kWord);
+        int32_t* ends[kChunk];
+        run_on_isa<ListLines<T, C>>(&cost, own, other, l, to, length, chunk.places.end(),
+                                    static_cast<int32_t**>(ends));
+        for (int64_t q = 0; q < to - l; ++q) {
+          chunk.ends.push_back(ends[q] - chunk.places.data());
+        }
+        chunk.places.end(ends[to - l - 1]);
       }
     });
-    ones_.assign(std::max(m_, n_), 1.0);
     rows_.resize(m_);
-    columns_.resize(n_);
-    mean_.resize(n_);
-    from_columns(ones_.data(), rows_.data());
-    from_rows(ones_.data(), columns_.data());
+    columns_.assign(n_, 0.0);
+    double* const own_count = by_rows_ ? rows_.data() : columns_.data();
+    double* const other_count = by_rows_ ? columns_.data() : rows_.data();
+    std::fill_n(other_count, length, 0.0);
+    each_line([&](int64_t l, const int32_t* place, const int32_t* end) {
+      own_count[l] = static_cast<double>(end - place);
+      for (; place < end; ++place) other_count[*place] += 1;
+    });
   }
 
-  // to (m,) = W 1 / gamma
-  void diagonal(double* to) const {
-    for (int64_t i = 0; i < m_; ++i) to[i] = rows_[i] / gamma_;
+  double row(int64_t i) const { return rows_[i]; }        // (W 1)_i
+  double column(int64_t j) const { return columns_[j]; }  // (W^T 1)_j
+
+  // to (m,) = W v, v (n,)
+  void to_rows(const double* v, double* to) const { by_rows_ ? gather(v, to) : spread(v, m_, to); }
+  // to (n,) = W^T u, u (m,)
+  void to_columns(const double* u, double* to) const {
+    by_rows_ ? spread(u, n_, to) : gather(u, to);
   }
 
-  // to (m,) = H d
-  void curve(const double* d, double* to) {
-    from_rows(d, mean_.data());
-    for (int64_t j = 0; j < n_; ++j) mean_[j] /= std::max(columns_[j], 1.0);
-    from_columns(mean_.data(), to);
-    for (int64_t i = 0; i < m_; ++i) to[i] = (rows_[i] * d[i] - to[i]) / gamma_;
+  // d (m + n,) = (p, q) becomes the step of bipartite.h, or is spoiled: false. rough: float32 will
+  // do.
+  bool solve(double delta, bool rough, double* d) {
+    const auto each = [&](const auto& visit) {
+      each_line([&](int64_t l, const int32_t* place, const int32_t* end) {
+        for (; place < end; ++place) by_rows_ ? visit(l, *place) : visit(*place, l);
+      });
+    };
+    const double* const rows = rows_.data();
+    const double* const columns = columns_.data();
+    return rough ? system_.template solve<float>(m_, n_, rows, columns, each, delta, d)
+                 : system_.template solve<double>(m_, n_, rows, columns, each, delta, d);
   }
 
  private:
-  static constexpr int64_t kChunk = 64;  // lines
+  static constexpr int64_t kChunk = 64, kRoom = 8192;  // lines; places
   struct Chunk {
-    std::vector<int32_t> places;
+    Places places;
     std::vector<int64_t> ends;  // of each line, in places
   };
 
-  void from_rows(const double* x, double* to) const { by_rows_ ? spread(x, to) : gather(x, to); }
-  void from_columns(const double* x, double* to) const { by_rows_ ? gather(x, to) : spread(x, to); }
-
-  // to (lines,): the sums of x over each line's places.
-  void gather(const double* x, double* to) const {
+  // visit(line, its first place, its end)
+  template <class Visit>
+  void each_line(const Visit& visit) const {
+    int64_t l = 0;
     for (const Chunk& chunk : chunks_) {
       const int32_t* place = chunk.places.data();
       for (const int64_t end : chunk.ends) {
-        double sum = 0;
-        for (; place < chunk.places.data() + end; ++place) sum += x[*place];
-        *to++ = sum;
+        const int32_t* const last = chunk.places.data() + end;
+        visit(l++, place, last);
+        place = last;
       }
     }
   }
 
+  // to (lines,): the sums of x over each line's places.
+  void gather(const double* x, double* to) const {
+    each_line([&](int64_t l, const int32_t* place, const int32_t* end) {
+      double sum = 0;
+      for (; place < end; ++place) sum += x[*place];
+      to[l] = sum;
+    });
+  }
+
   // to (length of a line,): each line's x into its places.
-  void spread(const double* x, double* to) const {
-    std::fill_n(to, by_rows_ ? n_ : m_, 0.0);
-    for (const Chunk& chunk : chunks_) {
-      const int32_t* place = chunk.places.data();
-      for (const int64_t end : chunk.ends) {
-        for (; place < chunk.places.data() + end; ++place) to[*place] += *x;
-        ++x;
-      }
-    }
+  void spread(const double* x, int64_t length, double* to) const {
+    std::fill_n(to, length, 0.0);
+    each_line([&](int64_t l, const int32_t* place, const int32_t* end) {
+      for (; place < end; ++place) to[*place] += x[l];
+    });
   }
 
   bool by_rows_ = true;
   int64_t m_ = 0, n_ = 0;
-  double gamma_ = 1;
   std::vector<Chunk> chunks_;
-  std::vector<T> beta_;                 // (n,)
   std::vector<double> rows_, columns_;  // counts (m,), (n,)
-  std::vector<double> mean_, ones_;
+  Bipartite system_;
 };
 
 }  // namespace dashpot::transport

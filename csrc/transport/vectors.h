@@ -68,6 +68,7 @@ struct Alone {
     for (int64_t i = 0; i < n; ++i) x[i] *= factor;
   }
   void copy(const double* from, int64_t n, double* to) const { std::copy_n(from, n, to); }
+  void meet() const {}  // of a block's threads
 };
 
 }  // namespace dashpot::transport

@@ -70,9 +70,8 @@ def as_problem(
     m, n = cost.shape[-2:]
     if m == 0 or n == 0:
         raise ValueError(f"cost: expected m and n of at least 1, got {tuple(cost.shape)}")
-    return _checked(
-        cost.reshape(-1, m, n).contiguous(), cost.shape, a, b, reg, gamma, max_nz, along, potentials
-    )
+    flat = cost if cost.dim() == 3 else cost.reshape(-1, m, n)
+    return _checked(flat.contiguous(), cost.shape, a, b, reg, gamma, max_nz, along, potentials)
 
 
 def as_problem_of_points(
@@ -125,7 +124,8 @@ def _checked(cost, shape, a, b, reg, gamma, max_nz, along, potentials) -> Proble
                 f"{name}: expected {tuple(want)} on {cost.device}, "
                 f"got {tuple(value.shape)} on {value.device}"
             )
-        return value.reshape(-1, length).to(dtype).contiguous()
+        flat = value if value.dim() == 2 else value.reshape(-1, length)
+        return (flat if flat.dtype == dtype else flat.to(dtype)).contiguous()
 
     return Problem(
         cost, state(a, "a", -2), state(b, "b", -1),

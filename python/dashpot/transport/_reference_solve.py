@@ -172,65 +172,77 @@ def lbfgs(
     return Progress(x, steps, calls, torch.where(status < 0, MAX_ITER, status).int())
 
 
+# As in csrc/transport/newton.h: the error from which gamma goes on falling, the predictor's
+# damping, the corrector's first and least one, step lengths of a line search.
+NEAR, PREDICTOR, FIRST_DAMPING, LEAST_DAMPING, TRIALS = 0.3, 5e-3, 3e-2, 1e-2, 12
+
+
 def newton(
     evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    hessian: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    eliminate: Callable[[Tensor, Tensor], Tensor],
+    direction: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
     error: Callable[[Tensor], Tensor],
-    x: Tensor, gamma: float, wide: Tensor, noise: float, max_iter: int, tol: float,
+    alpha: Tensor, gamma: float, wide: Tensor, noise: float, max_iter: int, tol: float,
 ) -> Progress:  # fmt: skip
-    """Semismooth Newton for the l2 semi-dual: (H + delta) d = -g, H = (diag(W 1) - W diag(1 / r)
-    W^T) / gamma on the support W of the plan, as much damping delta as there is error.
+    """Semismooth Newton for the l2 dual along the regulariser's strength (B,), which falls to gamma
+    by halves, from `wide` (B,) where alpha (B, m) is no start to go on from.
 
-    The regulariser's strength (B,) falls to gamma by quarters, from `wide` (B,) where x is no start
-    to go on from: evaluate(x, strength) -> f (B,), g (B, m); hessian(x, strength) -> H (B, m, m),
-    W 1 / strength (B, m). One pass of the loop is one evaluation of every problem, wherever it
-    stands in its line search.
+    eliminate(alpha, strength) -> x (B, m + n), with the semi-dual's beta; evaluate(x, strength) ->
+    f (B,), g (B, m + n); direction(x, g, strength, next, damping) -> d (B, m + n), Newton's step at
+    `next`. A step to a smaller strength is taken as it is, while the error is small; one at the
+    same strength has a line search. One pass of the loop is one evaluation of every problem,
+    wherever it stands. Half of tol: once columns are exact, a row's error holds theirs too.
     """
     strength = torch.full_like(wide, gamma)
+    x = eliminate(alpha, strength)
     f, g = evaluate(x, strength)
-    quarters = (wide / gamma).clamp(min=1).log2().div(2).ceil()
-    strength = torch.where(error(g) > 0.1, gamma * 4**quarters, strength)
-    eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    d, t, damping = torch.zeros_like(x), torch.ones_like(f), torch.full_like(f, 1e-2)
-    fresh = torch.ones_like(f, dtype=torch.bool)  # a stage's first evaluation: d = 0
-    trials, steps = torch.zeros_like(f), torch.zeros_like(f, dtype=torch.int32)
-    calls, status = steps + 1, steps - 1
+    far = (error(g) > 0.1) | (alpha == 0).all(1)
+    strength = torch.where(far, wide.clamp(min=gamma), strength)
+    x = torch.where(far[:, None], eliminate(alpha, strength), x)
+    f, g = evaluate(x, strength)
+
+    d, t, trials = torch.zeros_like(x), torch.ones_like(f), torch.zeros_like(f)
+    damping, slope = torch.full_like(f, FIRST_DAMPING), torch.zeros_like(f)
+    turn = torch.ones_like(f, dtype=torch.bool)  # a new direction is wanted
+    stuck, ahead = ~turn, ~turn
+    steps = torch.zeros_like(f, dtype=torch.int32)
+    calls, status = steps + 4, steps - 1
     for _ in range(4 * max_iter + 60):
+        here = error(g)
+        last = strength <= gamma
+        status = torch.where(turn & (status < 0) & (steps >= max_iter), MAX_ITER, status)
+        status = torch.where(turn & last & (here <= tol / 2), CONVERGED, status)
         going = status < 0
         if over(~going):
             break
+        turn = turn & going
+        if not may_ask(turn) or bool(turn.any()):
+            steps = steps + turn.int()
+            ahead = torch.where(turn, ~last & ((here <= NEAR) | stuck), ahead)
+            onward = turn & ahead
+            aim = torch.where(onward, (strength / 2).clamp(min=gamma), strength)
+            delta = torch.where(onward, PREDICTOR, damping * here.clamp(max=1) + 1e-12)
+            d = torch.where(turn[:, None], direction(x, g, strength, aim, delta), d)
+            strength, slope = aim, torch.where(turn, (g * d).sum(1), slope)
+            t, trials = torch.where(turn, 1, t), torch.where(turn, 0, trials)
+            calls = calls + turn.int()
         tried = x + t[:, None] * d
         f_next, g_next = evaluate(tried, strength)
-        calls, trials = calls + going.int(), trials + 1
-        fine = f_next <= f + 1e-4 * t * (g * d).sum(1)
-        fine = fine | ((f_next <= f + noise * f.abs()) & (error(g_next) < error(g)))
-        take = going & (fine | fresh)
-        failed = going & ~take & (trials >= 20)
+        there = error(g_next)
+        calls = calls + going.int()
+        fine = (f_next <= f + 1e-4 * t * slope) | (there < 0.9 * here) | ahead
+        fine = fine | ((f_next <= f + noise * f.abs()) & (there < here))
+        take = going & fine
         x, g = torch.where(take[:, None], tried, x), torch.where(take[:, None], g_next, g)
         f = torch.where(take, f_next, f)
-        steps = steps + (take & ~fresh).int()
-        short = torch.where(trials < 4, 4 ** (trials - 1), 64.0)
-        short = torch.where(trials == 1, 0.25, short)
-        damping = torch.where(take & ~fresh, (damping * short).clamp(1e-4, 1e3), damping)
-
-        last = strength <= gamma
-        there = take & (error(g) <= torch.where(last, tol, max(tol, 1e-2)))
-        status = torch.where(there & last, CONVERGED, status)
+        grown = torch.where(trials == 0, 0.25, torch.where(trials < 3, 4**trials, 64.0))
+        grown = (damping * grown).clamp(LEAST_DAMPING, 1e3)
+        damping = torch.where(take, torch.where(ahead, FIRST_DAMPING, grown), damping)
+        failed = going & ~take & (trials >= TRIALS - 1)
         status = torch.where(failed & last, STALLED, status)
-        status = torch.where(take & ~there & (steps >= max_iter), MAX_ITER, status)
-        fresh = (there | failed) & ~last
-        strength = torch.where(fresh, (strength / 4).clamp(min=gamma), strength)
-        turn = take & ~there
-        if may_ask(turn) and not bool(turn.any()):
-            new = d
-        else:
-            h, most = hessian(x, strength)
-            delta = damping * error(g).clamp(max=1) + 1e-12
-            delta = delta * most.amax(1).clamp(min=1e-300)  # (B,)
-            new = torch.linalg.solve(h + delta[:, None, None] * eye, -g)  # (B, m)
-        d = torch.where(turn[:, None], new, torch.where(fresh[:, None], 0, d))
-        t = torch.where(turn | fresh, 1, t / 2)
-        trials = torch.where(turn | fresh, 0, trials)
+        stuck = failed
+        turn = take | failed
+        t, trials = t / 4, trials + 1
     return Progress(x, steps, calls, torch.where(status < 0, MAX_ITER, status).int())
 
 

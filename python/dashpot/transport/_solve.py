@@ -104,29 +104,39 @@ class _Problem:
         unit = strength if self.metric == "euclidean" else strength.sqrt()
         return self.cost / unit[:, None, None], self.y / unit[:, None, None]
 
-    def _l2(self, alpha, strength):
-        """The semi-dual without a bound at a gamma of each problem's own (B,), that of alpha and
-        the cost over it at gamma 1, times it: value / strength, gradient, beta / strength."""
+    def _l2(self, alpha, beta, strength):
+        """The l2 dual, or without beta the semi-dual, at a gamma of each problem's own (B,): that
+        of potentials and cost over it at gamma 1. Value / strength, gradients, or beta over it."""
         cost, y = self._scaled(strength)
-        return self._call(
-            alpha / strength[:, None], None, cost, y, None, None, "l2", 1.0, self.m
-        )[:3]  # fmt: skip
-
-    def negated_l2(self, alpha, strength):
-        value, grad, _ = self._l2(alpha, strength)
-        return -value * strength, -grad
-
-    def hessian(self, alpha, strength):
-        """Of negated_l2 (B, m, m), and its part W 1 / strength (B, m)."""
         unit = strength[:, None]
-        _, _, beta = self._l2(alpha, strength)
-        cost = torch.cat([cost for _, cost in self.columns()], 2) / unit[:, None]
-        s = (alpha / unit)[:, :, None] + beta[:, None] - cost
-        support = (s > 0).to(self.a.dtype)  # (B, m, n)
-        count = support.sum(1, keepdim=True).clamp(min=1)  # (B, 1, n)
-        rows = support.sum(2)  # (B, m)
-        h = torch.diag_embed(rows) - support / count @ support.mT
-        return h / strength[:, None, None], rows / unit
+        beta = beta if beta is None else beta / unit
+        return self._call(alpha / unit, beta, cost, y, None, None, "l2", 1.0, self.m)[:3]
+
+    def negated_l2(self, x, strength):
+        value, *grads = self._l2(*self.split(x), strength)
+        return -value * strength, -torch.cat(grads, 1)
+
+    def eliminate_l2(self, alpha, strength):
+        beta = self._l2(alpha, None, strength)[2] * strength[:, None]
+        return torch.cat([alpha, torch.where(beta.isfinite(), beta, 0)], 1)
+
+    def newton_direction(self, x, g, strength, aim, damping):
+        """d (B, m + n) of csrc/transport/newton.h, by dense algebra."""
+        alpha, beta = self.split(x)
+        cost = torch.cat([cost for _, cost in self.columns()], 2)
+        w = (alpha[:, :, None] + beta[:, None] - cost > 0).to(self.a.dtype)  # (B, m, n)
+        rows, count = w.sum(2), w.sum(1)  # (B, m), (B, n)
+        p, q = (
+            (aim - strength)[:, None] * mass - strength[:, None] * off
+            for mass, off in zip((self.a, self.b), self.split(g), strict=True)
+        )
+        q = torch.where(count > 0, q / count.clamp(min=1), 0)
+        h = torch.diag_embed(rows) - w / count.clamp(min=1)[:, None] @ w.mT
+        delta = damping * rows.amax(1).clamp(min=1e-300)
+        h = h + torch.diag_embed(delta[:, None].expand_as(rows))
+        d = torch.linalg.solve(h, p - (w @ q[:, :, None])[:, :, 0])
+        q = q - (d[:, None] @ w)[:, 0] / count.clamp(min=1)
+        return torch.cat([d, q], 1)
 
     def newton(self, alpha, max_iter, tol):
         ends = [
@@ -135,11 +145,12 @@ class _Problem:
         ]
         high, low = (torch.stack(end) for end in zip(*ends, strict=True))  # (chunks, B)
         spread = (high.amax(0) - low.amin(0)).clamp(min=0)  # (B,)
-        wide = spread / 1024 * self.m * self.b.shape[1] / self.mass
-        return solvers.newton(
-            self.negated_l2, self.hessian, self.error, alpha, self.gamma, wide, self.noise,
-            max_iter, tol,
+        wide = spread / 512 * self.m * self.b.shape[1] / self.mass
+        run = solvers.newton(
+            self.negated_l2, self.eliminate_l2, self.newton_direction, self.error, alpha,
+            self.gamma, wide, self.noise, max_iter, tol,
         )  # fmt: skip
+        return run._replace(x=run.x[:, : self.m])
 
 
 def _continuation(problem, start, formulation, max_iter, tol, smoothing):

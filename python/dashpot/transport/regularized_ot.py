@@ -67,14 +67,12 @@ def _check_masses(problem) -> None:
     if not may_ask(problem.cost):
         return
     for name, mass in (("a", problem.a), ("b", problem.b)):
-        least = mass.amin().item() if mass.numel() else 0.0
+        least = mass.min().item() if mass.numel() else 0.0
         if not least >= 0:
             raise ValueError(f"{name}: expected masses of at least 0, got {least}")
-    totals = problem.a.sum(1), problem.b.sum(1)  # (B,)
-    if bool(((totals[0] - totals[1]).abs() > 1e-4 * totals[1]).any()):
-        raise ValueError(
-            f"b: expected the total of a, {totals[0].tolist()}, got {totals[1].tolist()}"
-        )
+    rows, columns = problem.a.sum(1).tolist(), problem.b.sum(1).tolist()
+    if any(abs(one - other) > 1e-4 * other for one, other in zip(rows, columns, strict=True)):
+        raise ValueError(f"b: expected the total of a, {rows}, got {columns}")
 
 
 def _start(init, problem, batch, m, n):
@@ -336,7 +334,7 @@ def solve(
         if formulation == "dual" and not has_beta:
             beta = _eliminated(source, free, bound, alpha, reg, problem)
         alpha, beta, value, free_error, bound_error, gap, counts = REGULARIZED_OT(
-            source.cost, free.detach(), bound.detach(), alpha, beta, source.by_rows, reg,
+            source.cost, free, bound, alpha, beta, source.by_rows, reg,
             problem.gamma, problem.k, formulation, how, max_iter, float(tol), float(smoothing),
             float(lr), source.y, source.metric,
         )  # fmt: skip
@@ -345,7 +343,7 @@ def solve(
         by_tiles = source.y is not None and differentiable == "envelope"
         if plan is not None or (differentiable is not None and not by_tiles):
             rows, values = plan_of(
-                source, bound.detach(), alpha, beta, reg, problem.gamma, problem.k, formulation
+                source, bound, alpha, beta, reg, problem.gamma, problem.k, formulation
             )
     if differentiable is not None and torch.is_grad_enabled():
         value, kept = attach(free, bound, value, values, alpha, beta, rows)
@@ -354,16 +352,21 @@ def solve(
     batch = problem.batch
     row_error, col_error = (bound_error, free_error) if by_rows else (free_error, bound_error)
     potentials = (beta, alpha) if by_rows else (alpha, beta)
-    counts = counts.reshape(*batch, 4)
+    value, *potentials, row_error, col_error, gap, counts = (
+        _per_problem(one, batch) for one in (value, *potentials, row_error, col_error, gap, counts)
+    )
+    iterations, evaluations, tied, status = counts.unbind(-1)
     return OTResult(
-        value.reshape(batch),
-        potentials[0].reshape(*batch, m),
-        potentials[1].reshape(*batch, n),
-        _deliver(plan, rows, values, batch, m, n, sparse_dim),
-        counts[..., 0], counts[..., 1],
-        row_error.reshape(*batch, 2), col_error.reshape(*batch, 2), gap.reshape(batch),
-        counts[..., 2], counts[..., 3],
+        value, *potentials, _deliver(plan, rows, values, batch, m, n, sparse_dim), iterations,
+        evaluations, row_error, col_error, gap, tied, status,
     )  # fmt: skip
+
+
+def _per_problem(flat: Tensor, batch: torch.Size) -> Tensor:
+    """(B, ...) -> (*batch, ...)."""
+    if len(batch) < 2:
+        return flat if batch else flat[0]
+    return flat.reshape(*batch, *flat.shape[1:])
 
 
 def plan_of(source: Source, b, alpha, beta, reg, gamma, k, formulation):
@@ -388,13 +391,9 @@ def _eliminated(source: Source, a, b, alpha, reg, problem) -> Tensor:
 def _deliver(plan, rows, values, batch, m, n, sparse_dim):
     if plan is None:
         return None
-    k = rows.shape[1]
     if sparse_dim == -1:
         rows, values = rows.mT, values.mT
-        shape = (*batch, m, k)
-    else:
-        shape = (*batch, k, n)
-    found = TopKPlan(rows.reshape(shape), values.reshape(shape), m, n, sparse_dim)
+    found = TopKPlan(_per_problem(rows, batch), _per_problem(values, batch), m, n, sparse_dim)
     if plan == "topk":
         return found
     return found.to_dense() if plan == "dense" else found.to_torch_sparse(plan)
