@@ -150,6 +150,11 @@ DASHPOT_INLINE Vec<To, isa> load_as(const From* from) {
     return load<To, isa>(from);
   } else if constexpr (kIsSixteen<From> && std::is_same_v<To, float>) {
     return Sixteen<isa>::widen(from);
+  } else if constexpr (std::is_same_v<From, float> && std::is_same_v<To, double>) {
+    typedef float Half __attribute__((vector_size(vector_bytes(isa) / 2)));
+    Half half;
+    __builtin_memcpy(&half, from, sizeof half);
+    return __builtin_convertvector(half, Vec<To, isa>);
   } else {
     Vec<To, isa> value;
     for (int i = 0; i < kLanes<To, isa>; ++i) value[i] = convert<To>(from[i]);
@@ -185,6 +190,51 @@ DASHPOT_INLINE double sum_lanes(Vec<T, isa> value) {
     using Wide = Vec<double, isa>;
     return sum_halves<kCount / 2>(__builtin_convertvector(half_of<false>(value, half), Wide) +
                                   __builtin_convertvector(half_of<true>(value, half), Wide));
+  }
+}
+
+// kLanes<T> numbers as doubles.
+template <class T, Isa isa>
+DASHPOT_INLINE void store_as_double(double* to, Vec<T, isa> value) {
+  if constexpr (std::is_same_v<T, double>) {
+    store<double, isa>(to, value);
+  } else {
+    constexpr auto half = std::make_integer_sequence<int, kLanes<T, isa> / 2>();
+    using Wide = Vec<double, isa>;
+    store<double, isa>(to, __builtin_convertvector(half_of<false>(value, half), Wide));
+    store<double, isa>(to + kLanes<T, isa> / 2,
+                       __builtin_convertvector(half_of<true>(value, half), Wide));
+  }
+}
+
+// kLanes<double> numbers to float32 or as they are.
+template <class To, Isa isa>
+DASHPOT_INLINE void store_from_double(To* to, Vec<double, isa> value) {
+  if constexpr (std::is_same_v<To, double>) {
+    store<double, isa>(to, value);
+  } else {
+    typedef To Half __attribute__((vector_size(vector_bytes(isa) / 2)));
+    const Half half = __builtin_convertvector(value, Half);
+    __builtin_memcpy(to, &half, sizeof half);
+  }
+}
+
+// Sums of neighbouring lanes: those of a, then those of b.
+template <class V, int... i>
+DASHPOT_INLINE V add_neighbours(V a, V b, std::integer_sequence<int, i...>) {
+  return __builtin_shufflevector(a, b, (2 * i)...) + __builtin_shufflevector(a, b, (2 * i + 1)...);
+}
+
+// Lane r: the sum over the lanes of vector(r), pairwise; vector(0), vector(1), ... are called once
+// each, in this order.
+template <class T, Isa isa, int count = kLanes<T, isa>, int first = 0, class Vector>
+DASHPOT_INLINE Vec<T, isa> sums_over_lanes(const Vector& vector) {
+  if constexpr (count == 1) {
+    return vector(first);
+  } else {
+    const Vec<T, isa> low = sums_over_lanes<T, isa, count / 2, first>(vector);
+    const Vec<T, isa> high = sums_over_lanes<T, isa, count / 2, first + count / 2>(vector);
+    return add_neighbours(low, high, std::make_integer_sequence<int, kLanes<T, isa>>());
   }
 }
 

@@ -3,11 +3,12 @@
 //     t = [s - theta]+ / gamma on the k largest s, sum t = b (semi-dual); theta = 0 (dual)
 //
 // A vector holds a number of each column of a tile. For k <= kListed the k + 1 largest of each are
-// kept in registers, one walk over the scores; for k <= kSorted, should the last evaluation's level
-// not serve again, they are sorted (sorted.h); else a few walks find the threshold without a bound
-// (Newton on sum [s - theta]+ from the last evaluation's, monotone and finite from its first step
-// on) and, if more than k scores lie above it, the k-th largest (counts at levels between, again
-// from the last evaluation's).
+// kept in registers, one walk over the scores. For other k the scores above the last evaluation's
+// level are counted; where that are k, or a few more or fewer (near.h), the k largest are known.
+// Else, for k <= kSorted, they are sorted (sorted.h); or a few walks find the threshold without a
+// bound (Newton on sum [s - theta]+ from the last evaluation's, monotone and finite from its first
+// step on) and, if more than k scores lie above it, the k-th largest (counts at levels between,
+// again from the last evaluation's).
 #pragma once
 
 #include <cmath>
@@ -15,6 +16,7 @@
 #include <limits>
 
 #include "common/simd.h"
+#include "transport/near.h"
 #include "transport/problem.h"
 #include "transport/sorted.h"
 
@@ -27,7 +29,9 @@ inline constexpr int kMaxLanes = 16;  // of any instruction set
 template <class T>
 struct Tile {
   T* scores;    // (m, lanes); -inf for a forbidden pair and in lanes without a column
-  T* row_sums;  // (m, lanes), added to
+  T* row_sums;  // (m, lanes), added to; written where it is fresh
+  bool fresh = false;
+  double* totals = nullptr;  // (m,) or null: takes the sums over the lanes in row_sums' place
   int64_t m, k;
   T gamma;
   Reg reg;
@@ -39,6 +43,8 @@ struct Tile {
   T level[kMaxLanes] = {};  // where the search for what is chosen, or lambda, starts; its end
   T bound[kMaxLanes] = {};  // scores below it are not chosen
   T tied[kMaxLanes] = {};   // 1 where the k-th and the next score tie (options.tie >= 0)
+  bool counted = false;     // excess and count, of the scores above level, are known
+  T excess[kMaxLanes], count[kMaxLanes];
   double value[kMaxLanes] = {};
   Tile(const Options& options, T* scores, T* row_sums)
       : scores(scores),
@@ -55,10 +61,12 @@ struct Tile {
 template <class T, Isa isa>
 using Mask = decltype(Vec<T, isa>{} > Vec<T, isa>{});
 
+// By numbers chosen by the mask: GCC makes a mask itself into a vector lane by lane.
 template <class T, Isa isa>
 DASHPOT_INLINE bool any(Mask<T, isa> mask) {
-  uint64_t words[sizeof mask / 8], all = 0;
-  __builtin_memcpy(words, &mask, sizeof mask);
+  const Vec<T, isa> zero = {}, flags = mask ? zero + T(1) : zero;
+  uint64_t words[sizeof flags / 8], all = 0;
+  __builtin_memcpy(words, &flags, sizeof flags);
   for (const uint64_t word : words) all |= word;
   return all != 0;
 }
@@ -134,25 +142,36 @@ struct Above {
   Vec<T, isa> excess, count;
 };
 
+// Two running sums of it. The number as integers: it takes the units that floating point leaves.
+template <class T, Isa isa>
+struct Counted {
+  using Ints = Vec<IntOf<T>, isa>;
+  Vec<T, isa> excess[2] = {};
+  Ints count[2] = {};
+
+  DASHPOT_INLINE void add(Vec<T, isa> score, Vec<T, isa> level, int u) {
+    const Vec<T, isa> gap = score - level, zero = {};
+    const Ints none = {}, one = none + 1;
+    excess[u] += gap > zero ? gap : zero;
+    count[u] += gap > zero ? one : none;
+  }
+  DASHPOT_INLINE Above<T, isa> all() const {
+    return {excess[0] + excess[1], __builtin_convertvector(count[0] + count[1], Vec<T, isa>)};
+  }
+};
+
 template <class T, Isa isa>
 DASHPOT_INLINE Above<T, isa> above(const Tile<T>& tile, Vec<T, isa> level) {
-  using V = Vec<T, isa>;
-  const V zero = {}, one = zero + T(1);
-  V sums[2] = {zero, zero}, counts[2] = {zero, zero};
+  constexpr int kWidth = kLanes<T, isa>;
+  Counted<T, isa> counted;
   int64_t i = 0;
   for (; i + 2 <= tile.m; i += 2) {
     for (int u = 0; u < 2; ++u) {
-      const V gap = load<T, isa>(tile.scores + (i + u) * kLanes<T, isa>) - level;
-      sums[u] += gap > zero ? gap : zero;
-      counts[u] += gap > zero ? one : zero;
+      counted.add(load<T, isa>(tile.scores + (i + u) * kWidth), level, u);
     }
   }
-  if (i < tile.m) {
-    const V gap = load<T, isa>(tile.scores + i * kLanes<T, isa>) - level;
-    sums[0] += gap > zero ? gap : zero;
-    counts[0] += gap > zero ? one : zero;
-  }
-  return {sums[0] + sums[1], counts[0] + counts[1]};
+  if (i < tile.m) counted.add(load<T, isa>(tile.scores + i * kWidth), level, 0);
+  return counted.all();
 }
 
 // How many scores lie above `level`, and its neighbours among them: the lowest above it and the
@@ -175,12 +194,24 @@ DASHPOT_INLINE Vec<T, isa> count_around(const Tile<T>& tile, Vec<T, isa> level, 
   return count;
 }
 
+// The next number above each lane.
 template <class T, Isa isa>
-DASHPOT_INLINE Vec<T, isa> next_after(Vec<T, isa> x, T towards) {
-  for (int lane = 0; lane < kLanes<T, isa>; ++lane) {
-    x[lane] = std::nextafter(static_cast<T>(x[lane]), towards);
+DASHPOT_INLINE Vec<T, isa> next_above(Vec<T, isa> x) {
+  using Ints = Vec<IntOf<T>, isa>;
+  const Vec<T, isa> positive_zero = x + T(0);
+  const Ints next = in_order<T, isa>(reinterpret_cast<Ints>(positive_zero)) + 1;
+  const auto number = reinterpret_cast<Vec<T, isa>>(in_order<T, isa>(next));
+  return x < std::numeric_limits<T>::infinity() ? number : x;
+}
+
+template <class T, Isa isa>
+DASHPOT_INLINE Vec<T, isa> highest_of(const Tile<T>& tile) {
+  Vec<T, isa> highest = fill<T, isa>(-std::numeric_limits<T>::infinity());
+  for (int64_t i = 0; i < tile.m; ++i) {
+    const Vec<T, isa> score = load<T, isa>(tile.scores + i * kLanes<T, isa>);
+    highest = score > highest ? score : highest;
   }
-  return x;
+  return highest;
 }
 
 // `found`'s theta is that without a bound, and more than k scores lie above it in some lanes: their
@@ -212,11 +243,11 @@ DASHPOT_INLINE void bound_by_count(const Tile<T>& tile, Vec<T, isa> start, Vec<T
     high = few > zero ? trial : high;
     of_high = few > zero ? count : of_high;
     const V gap = count > k ? count - k : k - count;
-    const V step = count > k ? up : next_after<T, isa>(down, -kInfinity);
+    const V step = count > k ? up : -next_above<T, isa>(-down);
     next = gap <= T(8) ? step : zero + kInfinity;
     // Not inside: neighbours in floating point; the scores equal to high are tied for the last.
     const V exact = count == k ? inside : zero;
-    const V just_above = next_after<T, isa>(trial, kInfinity);
+    const V just_above = next_above<T, isa>(trial);
     V done = over > zero ? exact : zero;
     found->bound = done > zero ? just_above : found->bound;
     found->level = done > zero ? trial : found->level;
@@ -276,38 +307,97 @@ DASHPOT_INLINE Choice<T, isa> choose_sorted(const Tile<T>& tile) {
   return found;
 }
 
+// From the last evaluation's level, `start`, with the scores above it: where that is not their
+// number k, the scores next to the level change sides, at most Q - 1 of them. False where a column
+// has more of them to change, or has fewer than k scores above its threshold.
+template <int Q, class T, Isa isa>
+DASHPOT_INLINE bool choose_near(const Tile<T>& tile, Vec<T, isa> start, const Above<T, isa>& at,
+                                Vec<T, isa> dead, Choice<T, isa>* found) {
+  using V = Vec<T, isa>;
+  const V infinity = fill<T, isa>(std::numeric_limits<T>::infinity());
+  const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
+  const V budget = tile.gamma * load<T, isa>(tile.mass);
+  const V below = at.count < k ? one : zero;
+  V distance = at.count < k ? k - at.count : at.count - k;
+  distance = dead > zero ? zero : distance;
+  V inner = start, outer = start, change = zero;
+  if constexpr (Q > 0) {
+    V near[Q];
+    const Side<T, isa> side(start, below);
+    nearest<Q, T, isa>(side, tile.scores, tile.m, near);
+    for (int q = 0; q < Q; ++q) {
+      change += distance > T(q) ? near[q] - start : zero;
+      inner = distance == T(q + 1) ? near[q] : inner;
+      outer = distance == T(q) ? near[q] : outer;
+    }
+  }
+  const V same = distance == zero ? one : zero;
+  const V last = below > zero ? inner : outer, next = below > zero ? outer : inner;
+  const V excess = at.excess + (below > zero ? change : -change);
+  found->theta = tile.dual ? zero : start + (excess - budget) / k;
+  const V least = same > zero ? start : last;
+  V full = found->theta < least ? one : same;
+  full = found->theta > least ? zero : full;
+  const V settled = dead > zero ? one : full;
+  if (!tile.dual && any<T, isa>(settled < one)) return false;
+
+  const V middle = next + (last - next) * T(0.5);
+  found->bound = same > zero ? next_above<T, isa>(start) : last;
+  found->level = middle > found->theta ? middle : found->theta;
+  found->level = same > zero ? start : found->level;
+  found->tied = next == last ? one - same : zero;
+  if (tile.dual) {  // fewer than k scores above 0
+    found->bound = full > zero ? found->bound : zero;
+    found->level = full > zero ? found->level : zero;
+    found->tied = full > zero ? found->tied : zero;
+  }
+  found->bound = dead > zero ? infinity : found->bound;
+  found->tied = dead > zero ? zero : found->tied;
+  if (!tile.dual) found->theta = dead > zero ? -infinity : found->theta;
+  return true;
+}
+
+// choose_near where no column is further from k than the lists are long.
+template <class T, Isa isa>
+DASHPOT_INLINE bool choose_again(const Tile<T>& tile, Vec<T, isa> start, const Above<T, isa>& at,
+                                 Vec<T, isa> dead, Choice<T, isa>* found) {
+  using V = Vec<T, isa>;
+  const V k = V{} + T(tile.k);
+  V distance = at.count < k ? k - at.count : at.count - k;
+  distance = dead > V{} ? V{} : distance;
+  if (!any<T, isa>(distance > T(0))) return choose_near<0, T, isa>(tile, start, at, dead, found);
+  if (!any<T, isa>(distance > T(3))) return choose_near<4, T, isa>(tile, start, at, dead, found);
+  if (!any<T, isa>(distance > T(5))) return choose_near<6, T, isa>(tile, start, at, dead, found);
+  if (!any<T, isa>(distance > T(7))) return choose_near<8, T, isa>(tile, start, at, dead, found);
+  return false;
+}
+
 template <class T, Isa isa>
 DASHPOT_INLINE Choice<T, isa> choose_by_threshold(const Tile<T>& tile) {
   using V = Vec<T, isa>;
-  constexpr int kWidth = kLanes<T, isa>;
   const V infinity = fill<T, isa>(std::numeric_limits<T>::infinity());
   const V zero = {}, one = zero + T(1), k = zero + T(tile.k);
   const V budget = tile.gamma * load<T, isa>(tile.mass), start = load<T, isa>(tile.level);
-  V highest = -infinity;
-  Above<T, isa> at{zero, zero};
-  for (int64_t i = 0; i < tile.m; ++i) {
-    const V score = load<T, isa>(tile.scores + i * kWidth), gap = score - start;
-    highest = score > highest ? score : highest;
-    at.excess += gap > zero ? gap : zero;
-    at.count += gap > zero ? one : zero;
+  const bool sorted = tile.k <= kSorted && tile.k < tile.m;
+  if (sorted && !any<T, isa>(start < infinity)) return choose_sorted<T, isa>(tile);
+  Above<T, isa> at;
+  if (tile.counted) {
+    at = {load<T, isa>(tile.excess), load<T, isa>(tile.count)};
+  } else {
+    at = above<T, isa>(tile, start);
   }
-  const V dead = highest == -infinity ? one : zero;
-  const V least = highest - budget;
+  V highest = zero, dead = zero;
+  const bool empty = any<T, isa>(at.count == zero);
+  if (empty) {
+    highest = highest_of<T, isa>(tile);
+    dead = highest == -infinity ? one : zero;
+  }
   Choice<T, isa> found;
+  if (tile.k < tile.m && choose_again<T, isa>(tile, start, at, dead, &found)) return found;
+  if (sorted) return choose_sorted<T, isa>(tile);
+  if (!empty) highest = highest_of<T, isa>(tile);
+  const V least = highest - budget;
   found.tied = zero;
-  // Last time's level still has k scores above it, and their threshold is not above it: they are
-  // the k largest and all stay positive.
-  const V cut = tile.dual ? zero : start + (at.excess - budget) / k;
-  V kept = at.count == k ? one : zero;
-  kept = cut <= start ? kept : zero;
-  kept = dead > zero ? one : kept;
-  if (tile.k < tile.m && !any<T, isa>(kept < one)) {
-    found.theta = dead > zero ? -infinity : cut;
-    found.bound = dead > zero ? infinity : next_after<T, isa>(start, infinity[0]);
-    found.level = start;
-    return found;
-  }
-  if (tile.k <= kSorted && tile.k < tile.m) return choose_sorted<T, isa>(tile);
   if (tile.dual) {
     found.theta = zero;
     at = above<T, isa>(tile, zero);

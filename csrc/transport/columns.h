@@ -22,49 +22,93 @@
 
 namespace dashpot::transport {
 
+// The sums over the lanes of `rows` vectors, vector(0), vector(1), ..., of at most as many as there
+// are lanes.
+template <class T, Isa isa, class Vector>
+DASHPOT_INLINE void sum_rows(double* to, int64_t rows, const Vector& vector) {
+  constexpr int kWidth = kLanes<T, isa>;
+  if (rows == kWidth) return store_as_double<T, isa>(to, sums_over_lanes<T, isa>(vector));
+  double sums[kMaxLanes];
+  const auto or_zero = [&](int r) __attribute__((always_inline)) {
+    return r < rows ? vector(r) : Vec<T, isa>{};
+  };
+  store_as_double<T, isa>(sums, sums_over_lanes<T, isa>(or_zero));
+  std::copy_n(sums, rows, to);
+}
+
+// t (lanes,) of row i into the tile's row sums.
+template <class T, Isa isa>
+DASHPOT_INLINE void give(Tile<T>& tile, int64_t i, Vec<T, isa> t) {
+  T* const to = tile.row_sums + i * kLanes<T, isa>;
+  store<T, isa>(to, tile.fresh ? t : load<T, isa>(to) + t);
+}
+
+// Of equal scores the first rows are taken: those of a lane whose k-th score ties with the next.
+template <class T>
+void apply_tied(Tile<T>& tile, int64_t lane, int64_t lanes, T last, T theta, double* square) {
+  const auto score = [&](int64_t i) { return tile.scores[i * lanes + lane]; };
+  int64_t room = tile.k;
+  for (int64_t i = 0; i < tile.m; ++i) room -= score(i) > last;
+  T sum = 0;
+  *square = 0;
+  for (int64_t i = 0; i < tile.m; ++i) {
+    if (score(i) > last || (score(i) == last && room-- > 0)) {
+      const T t = (score(i) - theta) / tile.gamma;
+      if (tile.totals) {
+        tile.totals[i] += t;
+      } else {
+        tile.row_sums[i * lanes + lane] += t;
+      }
+      sum += t;
+      *square += static_cast<double>(score(i) - theta) * t;
+    }
+  }
+  tile.sum[lane] = sum;
+}
+
 // t of the chosen scores into row sums, column sums and values.
 template <class T, Isa isa>
 DASHPOT_INLINE void apply(Tile<T>& tile, const Choice<T, isa>& found) {
   using V = Vec<T, isa>;
-  constexpr int kWidth = kLanes<T, isa>;
+  constexpr int64_t kWidth = kLanes<T, isa>;
   const V zero = {}, infinity = fill<T, isa>(std::numeric_limits<T>::infinity());
   const V inverse = zero + 1 / tile.gamma;
   const V bound = found.tied > zero ? infinity : found.bound;
-  V sums = zero, squares = zero;
-  for (int64_t i = 0; i < tile.m; ++i) {
-    const V score = load<T, isa>(tile.scores + i * kWidth);
-    const V gap = score >= bound ? score - found.theta : zero;
-    const V t = gap * inverse;
-    store<T, isa>(tile.row_sums + i * kWidth, load<T, isa>(tile.row_sums + i * kWidth) + t);
-    sums += t;
-    squares += gap * t;
+  V sums[2] = {zero, zero}, squares[2] = {zero, zero};
+  for (int64_t i = 0; i < tile.m; i += kWidth) {
+    const int64_t rows = std::min(kWidth, tile.m - i);
+    const auto entries = [&](int r) __attribute__((always_inline)) {
+      const V score = load<T, isa>(tile.scores + (i + r) * kWidth);
+      const V gap = score >= bound ? score - found.theta : zero;
+      const V t = gap * inverse;
+      sums[r % 2] += t;
+      squares[r % 2] += gap * t;
+      return t;
+    };
+    if (tile.totals) {
+      sum_rows<T, isa>(tile.totals + i, rows, entries);
+    } else {
+#pragma GCC unroll 16
+      for (int r = 0; r < kWidth; ++r) {
+        if (r < rows) give<T, isa>(tile, i + r, entries(r));
+      }
+    }
   }
-  store<T, isa>(tile.sum, sums);
+  T square[kMaxLanes], tied[kMaxLanes];
+  store<T, isa>(square, squares[0] + squares[1]);
+  store<T, isa>(tied, found.tied);
+  store<T, isa>(tile.sum, sums[0] + sums[1]);
   store<T, isa>(tile.theta, found.theta);
   store<T, isa>(tile.level, found.level);
   store<T, isa>(tile.bound, found.bound);
   for (int lane = 0; lane < kWidth; ++lane) {
-    double square = squares[lane];
-    if (found.tied[lane] > 0) {  // of equal scores the first rows are taken
-      const T last = found.bound[lane], theta = found.theta[lane];
-      int64_t room = tile.k;
-      for (int64_t i = 0; i < tile.m; ++i) room -= tile.scores[i * kWidth + lane] > last;
-      T sum = 0;
-      square = 0;
-      for (int64_t i = 0; i < tile.m; ++i) {
-        const T score = tile.scores[i * kWidth + lane];
-        if (score > last || (score == last && room-- > 0)) {
-          const T t = (score - theta) / tile.gamma;
-          tile.row_sums[i * kWidth + lane] += t;
-          sum += t;
-          square += static_cast<double>(score - theta) * t;
-        }
-      }
-      tile.sum[lane] = sum;
+    double total = square[lane];
+    if (tied[lane] > 0) {
+      apply_tied<T>(tile, lane, kWidth, tile.bound[lane], tile.theta[lane], &total);
     }
-    tile.value[lane] = square / 2;
-    if (!tile.dual && tile.mass[lane] > 0 && std::isfinite(found.theta[lane])) {
-      tile.value[lane] += static_cast<double>(found.theta[lane]) * tile.mass[lane];
+    tile.value[lane] = total / 2;
+    if (!tile.dual && tile.mass[lane] > 0 && std::isfinite(tile.theta[lane])) {
+      tile.value[lane] += static_cast<double>(tile.theta[lane]) * tile.mass[lane];
     }
   }
 }
@@ -95,7 +139,7 @@ DASHPOT_INLINE void entropic(Tile<T>& tile) {
   for (int64_t i = 0; i < tile.m; ++i) {
     const V score = load<T, isa>(tile.scores + i * kWidth);
     const V t = factor * exp<T, isa>((score - shift) * inverse);
-    store<T, isa>(tile.row_sums + i * kWidth, load<T, isa>(tile.row_sums + i * kWidth) + t);
+    give<T, isa>(tile, i, t);
     sums += t;
   }
   store<T, isa>(tile.sum, sums);
@@ -172,7 +216,7 @@ DASHPOT_INLINE void smoothed(Tile<T>& tile) {
     V theta = (energy - level) * inverse;
     theta = theta < zero ? zero : theta > one ? one : theta;
     const V t = score > zero ? theta * score * (1 / tile.gamma) : zero;
-    store<T, isa>(tile.row_sums + i * kWidth, load<T, isa>(tile.row_sums + i * kWidth) + t);
+    give<T, isa>(tile, i, t);
     sums += t;
     values += theta * (energy - tile.smoothing * T(0.5) * theta);
   }
@@ -213,13 +257,15 @@ DASHPOT_INLINE Choice<T, isa> choose_up_to(const Tile<T>& tile) {
   return choose_listed<K, T, isa>(tile);
 }
 
+inline bool takes_lists(Reg reg, int64_t k) { return reg == Reg::kSparse && k <= kListed; }
+
 template <class T>
 struct SolveTile {
   template <Isa isa>
   static DASHPOT_INLINE void run(Tile<T>* tile) {
     if (tile->reg == Reg::kNegentropy) return entropic<T, isa>(*tile);
     if (tile->smoothing > 0) return smoothed<T, isa>(*tile);
-    const bool listed = tile->reg == Reg::kSparse && tile->k <= kListed;
+    const bool listed = takes_lists(tile->reg, tile->k);
     const Choice<T, isa> found =
         listed ? choose_up_to<kListed, T, isa>(*tile) : choose_by_threshold<T, isa>(*tile);
     if (tile->tie >= 0 && tile->k < tile->m) find_ties<T, isa>(*tile, found);
@@ -262,6 +308,39 @@ struct Cost {
 inline constexpr int kGroup = 4;
 inline constexpr int64_t kAhead = 16;  // rows fetched ahead: each lies in a page of its own
 
+// Costs of the last columns of each of m rows, fewer than a vector or all of one; inf in the lanes
+// without a column. A vector is read where it ends within the rows.
+template <class T, class C, Isa isa>
+class RestOfRow {
+ public:
+  DASHPOT_INLINE RestOfRow(const C* cost, int64_t stride, int64_t m, int64_t columns)
+      : cost_(cost), stride_(stride), columns_(columns) {
+    const int64_t beyond = kLanes<T, isa> - columns;
+    safe_ = m - (beyond + stride - 1) / stride;
+    T open[kLanes<T, isa>];
+    for (int lane = 0; lane < kLanes<T, isa>; ++lane) open[lane] = lane < columns ? 1 : 0;
+    open_ = load<T, isa>(open);
+  }
+  DASHPOT_INLINE Vec<T, isa> operator()(int64_t i) const {
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    const C* const from = cost_ + i * stride_;
+    if (i < safe_) {
+      const Vec<T, isa> costs = load_as<T, isa>(from), closed = Vec<T, isa>{} + kInfinity;
+      return open_ > Vec<T, isa>{} ? costs : closed;
+    }
+    T costs[kLanes<T, isa>];
+    for (int64_t c = 0; c < kLanes<T, isa>; ++c) {
+      costs[c] = c < columns_ ? convert<T>(from[c]) : kInfinity;
+    }
+    return load<T, isa>(costs);
+  }
+
+ private:
+  const C* cost_;
+  int64_t stride_, columns_, safe_;
+  Vec<T, isa> open_;
+};
+
 // Scores of the columns [first, first + live) as kGroup tiles (kGroup, m, lanes):
 // s_i = alpha_i + shift - C; -inf in the lanes without a column.
 template <class T, class C>
@@ -282,6 +361,7 @@ struct FillTiles {
                                      int64_t stride, int64_t m, int64_t live) {
     constexpr int kWidth = kLanes<T, isa>;
     const int64_t whole = live / kWidth, rest = live % kWidth;
+    const RestOfRow<T, C, isa> costs_of_rest(cost + whole * kWidth, stride, m, rest);
     Vec<T, isa> base[kGroup];
     for (int g = 0; g < kGroup; ++g) base[g] = load<T, isa>(shift + g * kWidth);
     for (int64_t i = 0; i < m; ++i) {
@@ -293,12 +373,8 @@ struct FillTiles {
                       base[g] + alpha[i] - load_as<T, isa>(cost + i * stride + g * kWidth));
       }
       if (rest == 0) continue;
-      for (int64_t lane = 0; lane < kWidth; ++lane) {
-        const int64_t j = whole * kWidth + lane;
-        scores[(whole * m + i) * kWidth + lane] =
-            lane < rest ? shift[j] + alpha[i] - convert<T>(cost[i * stride + j])
-                        : -std::numeric_limits<T>::infinity();
-      }
+      store<T, isa>(scores + (whole * m + i) * kWidth,
+                    load<T, isa>(shift + whole * kWidth) + alpha[i] - costs_of_rest(i));
     }
   }
 
@@ -321,13 +397,64 @@ struct FillTiles {
   }
 };
 
+// The same of one tile, of costs whose rows lie in memory; `counts`: what lies above the tile's
+// levels is counted on the way. shift: of the columns, or null.
+template <class T, class C>
+struct FillTile {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(Tile<T>* tile, const T* alpha, const T* shift, const C* cost,
+                                 int64_t stride, int64_t live, bool counts) {
+    const RestOfRow<T, C, isa> row(cost, stride, tile->m, live);
+    const auto some = [&](int64_t i) __attribute__((always_inline)) { return row(i); };
+    const auto all = [&](int64_t i) __attribute__((always_inline)) {
+      return load_as<T, isa>(cost + i * stride);
+    };
+    if (live < kLanes<T, isa>) {
+      make<isa>(*tile, alpha, shift, some, counts);
+    } else if (shift || !counts) {
+      make<isa>(*tile, alpha, shift, all, counts);
+    } else {
+      make<isa>(*tile, alpha, nullptr, all, true);
+    }
+  }
+
+  template <Isa isa, class Row>
+  static DASHPOT_INLINE void make(Tile<T>& tile, const T* alpha, const T* shift, const Row& row,
+                                  bool counts) {
+    using V = Vec<T, isa>;
+    constexpr int kWidth = kLanes<T, isa>;
+    const V base = shift ? load<T, isa>(shift) : V{}, level = load<T, isa>(tile.level);
+    Counted<T, isa> counted;
+    const auto enter = [&](int64_t i, int u) __attribute__((always_inline)) {
+      const V score = shift ? base + alpha[i] - row(i) : alpha[i] - row(i);
+      store<T, isa>(tile.scores + i * kWidth, score);
+      if (counts) counted.add(score, level, u);
+    };
+    int64_t i = 0;
+    for (; i + 2 <= tile.m; i += 2) {
+      enter(i, 0);
+      enter(i + 1, 1);
+    }
+    if (i < tile.m) enter(i, 0);
+    tile.counted = counts;
+    const Above<T, isa> found = counted.all();
+    store<T, isa>(tile.excess, found.excess);
+    store<T, isa>(tile.count, found.count);
+  }
+};
+
 // Row sums of a chunk: to[i] = the sum of m vectors' lanes.
 template <class T>
 struct SumLanes {
   template <Isa isa>
   static DASHPOT_INLINE void run(const T* vectors, int64_t m, double* to) {
-    for (int64_t i = 0; i < m; ++i)
-      to[i] = sum_lanes<T, isa>(load<T, isa>(vectors + i * kLanes<T, isa>));
+    constexpr int64_t kWidth = kLanes<T, isa>;
+    for (int64_t i = 0; i < m; i += kWidth) {
+      const auto row = [&](int r) __attribute__((always_inline)) {
+        return load<T, isa>(vectors + (i + r) * kWidth);
+      };
+      sum_rows<T, isa>(to + i, std::min(kWidth, m - i), row);
+    }
   }
 };
 
@@ -356,20 +483,34 @@ double evaluate_columns(const Options& options, const T* alpha, const T* beta, c
   const int64_t lanes = vector_bytes(isa()) / sizeof(T), m = options.m;
   T* room = tile_room<T>((kGroup + 1) * m * lanes);
   Tile<T> tile(options, room, room + kGroup * m * lanes);
-  std::fill_n(tile.row_sums, m * lanes, T(0));
+  constexpr bool kStored = std::is_same_v<typename Cost<C>::Entry, C>;
+  const bool chosen = options.reg != Reg::kNegentropy && !(options.smoothing > 0);
+  const bool counts = chosen && found.level && !takes_lists(options.reg, options.k);
+  tile.totals = chosen && end - begin <= lanes ? row_sums : nullptr;
   const T unknown = options.smoothing > 0 ? T(0) : std::numeric_limits<T>::infinity();
   double value = 0;
   for (int64_t first = begin; first < end; first += kGroup * lanes) {
     const int64_t live = std::min(kGroup * lanes, end - first);
     T shift[kGroup * kMaxLanes] = {};
     if (beta) std::copy_n(beta + first, live, shift);
-    run_on_isa<FillTiles<T, C>>(room, alpha, static_cast<const T*>(shift), &cost, m, first, live);
+    const bool alone = live <= lanes && kStored && cost.lines_are_rows();
+    if (!alone) {
+      run_on_isa<FillTiles<T, C>>(room, alpha, static_cast<const T*>(shift), &cost, m, first, live);
+    }
     for (int64_t start = 0; start < live; start += lanes) {
       tile.scores = room + start * m;
       const int64_t count = std::min(lanes, live - start), j = first + start;
       for (int64_t lane = 0; lane < lanes; ++lane) {
         tile.mass[lane] = lane < count ? b[j + lane] : T(0);
         tile.level[lane] = found.level && lane < count ? found.level[j + lane] : unknown;
+      }
+      tile.fresh = j == begin;
+      tile.counted = false;
+      if constexpr (kStored) {
+        if (alone) {
+          run_on_isa<FillTile<T, C>>(&tile, alpha, beta ? static_cast<const T*>(shift) : nullptr,
+                                     cost.data + first, cost.row, live, counts);
+        }
       }
       run_on_isa<SolveTile<T>>(&tile);
       for (int64_t lane = 0; lane < count; ++lane) {
@@ -381,7 +522,9 @@ double evaluate_columns(const Options& options, const T* alpha, const T* beta, c
       visit(tile, j, count);
     }
   }
-  run_on_isa<SumLanes<T>>(static_cast<const T*>(tile.row_sums), m, row_sums);
+  if (!tile.totals) {
+    run_on_isa<SumLanes<T>>(static_cast<const T*>(tile.row_sums), m, row_sums);
+  }
   return value;
 }
 

@@ -30,19 +30,43 @@ struct Scratch {
   std::vector<T> column;
 };
 
+// Of a problem's rows, its chunks' sums (chunks, m) put together: to (m,) = a - T 1, value +=
+// a.alpha.
+template <class T, class G>
+struct FinishRows {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const T* a, const T* alpha, const double* row_sums, int64_t m,
+                                 int64_t chunks, G* to, double* value) {
+    constexpr int kWidth = kLanes<double, isa>, kStep = 4 * kWidth;
+    Vec<double, isa> products[4] = {};
+    int64_t i = 0;
+    for (; i + kStep <= m; i += kStep) {
+      for (int u = 0; u < 4; ++u) {
+        const int64_t at = i + u * kWidth;
+        const Vec<double, isa> mass = load_as<double, isa>(a + at);
+        Vec<double, isa> sum = load<double, isa>(row_sums + at);
+        for (int64_t c = 1; c < chunks; ++c) sum += load<double, isa>(row_sums + c * m + at);
+        store_from_double<G, isa>(to + at, mass - sum);
+        products[u] += mass * load_as<double, isa>(alpha + at);
+      }
+    }
+    *value += sum_lanes<double, isa>((products[0] + products[1]) + (products[2] + products[3]));
+    for (; i < m; ++i) {
+      double sum = row_sums[i];
+      for (int64_t c = 1; c < chunks; ++c) sum += row_sums[c * m + i];
+      to[i] = static_cast<G>(a[i] - sum);
+      *value += static_cast<double>(a[i]) * alpha[i];
+    }
+  }
+};
+
 // One problem's chunks put together, in their order: obj, a - T 1 (m,), and b - T^T 1 or beta (n,).
 template <class T, class G>
 void finish(const Options& options, const T* alpha, const T* beta, const T* a, const T* b,
             const T* found, const double* row_sums, const double* values, int64_t chunks, G* obj,
             G* grad_alpha, G* column) {
-  const int64_t m = options.m;
   double value = 0;
-  for (int64_t i = 0; i < m; ++i) {
-    double sum = 0;
-    for (int64_t c = 0; c < chunks; ++c) sum += row_sums[c * m + i];
-    grad_alpha[i] = static_cast<G>(a[i] - sum);
-    value += static_cast<double>(a[i]) * alpha[i];
-  }
+  run_on_isa<FinishRows<T, G>>(a, alpha, row_sums, options.m, chunks, grad_alpha, &value);
   for (int64_t c = 0; c < chunks; ++c) value -= values[c];
   for (int64_t j = 0; j < options.n; ++j) {
     if (options.dual) {

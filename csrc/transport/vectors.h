@@ -39,10 +39,19 @@ struct AddScaled {
   }
 };
 
+// visit(i) of independent i: GCC puts them into lanes.
+struct Each {
+  template <Isa isa, class Visit>
+  static DASHPOT_INLINE void run(int64_t n, const Visit* visit) {
+#pragma GCC ivdep
+    for (int64_t i = 0; i < n; ++i) (*visit)(i);
+  }
+};
+
 struct Alone {
   template <class Visit>
   void each(int64_t n, const Visit& visit) const {
-    for (int64_t i = 0; i < n; ++i) visit(i);
+    run_on_isa<Each>(n, &visit);
   }
   template <class Term>
   double sum(int64_t n, const Term& term) const {
