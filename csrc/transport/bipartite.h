@@ -53,19 +53,23 @@ struct SubtractCliques {
   }
 };
 
+// Of a node: how many edges it has, and the xor of the nodes at their other ends.
+struct Edges {
+  int32_t count, link;
+};
+
 class Bipartite {
  public:
   // d (m + n,): the right-hand side, then x; false where too many rows remain, or the system is not
-  // positive definite: d is then spoiled. T: of the dense system. rows (m,), columns (n,): W 1, W^T
-  // 1; each(visit): visit(i, j) of every entry of W, ascending in i for each j.
+  // positive definite: d is then spoiled. edges (m + n,): W's; each(visit): visit(i, j) of every
+  // entry of W, ascending in i for each j. T: of the dense system.
   template <class T, class Each>
-  bool solve(int64_t m, int64_t n, const double* rows, const double* columns, const Each& each,
-             double delta, double* d) {
-    begin(m, n, rows, columns, delta);
-    each([&](int64_t i, int64_t j) {
-      nodes_[i].link ^= static_cast<int32_t>(m + j);
-      nodes_[m + j].link ^= static_cast<int32_t>(i);
-    });
+  bool solve(int64_t m, int64_t n, const std::vector<Edges>& edges, const Each& each, double delta,
+             double* d) {
+    nodes_.resize(m + n);
+    for (int64_t v = 0; v < m + n; ++v) {
+      nodes_[v] = {edges[v].count + (v < m ? delta : 0.0), edges[v].count, edges[v].link};
+    }
     strip(d);
     if (!solve_core(m, n, each, std::get<Core<T>>(cores_), d)) return false;
     for (int64_t v = 0; v < m + n; ++v) {  // the last of a tree; its exact pivot is above delta's
@@ -94,14 +98,6 @@ class Bipartite {
     Cholesky<T> system;
     std::vector<T> shares;  // (n,) 1 over a column's pivot
   };
-
-  void begin(int64_t m, int64_t n, const double* rows, const double* columns, double delta) {
-    nodes_.resize(m + n);
-    for (int64_t i = 0; i < m; ++i) nodes_[i] = {rows[i] + delta, static_cast<int32_t>(rows[i]), 0};
-    for (int64_t j = 0; j < n; ++j) {
-      nodes_[m + j] = {columns[j], static_cast<int32_t>(columns[j]), 0};
-    }
-  }
 
   void strip(double* d) {
     order_.clear();

@@ -138,19 +138,24 @@ class Support {
         chunk.places.end(ends[to - l - 1]);
       }
     });
-    rows_.resize(m_);
-    columns_.assign(n_, 0.0);
-    double* const own_count = by_rows_ ? rows_.data() : columns_.data();
-    double* const other_count = by_rows_ ? columns_.data() : rows_.data();
-    std::fill_n(other_count, length, 0.0);
+    edges_.assign(m_ + n_, {0, 0});
+    const int64_t own_node = by_rows_ ? 0 : m_, other_node = by_rows_ ? m_ : 0;
+    Edges* const others = edges_.data() + other_node;
     each_line([&](int64_t l, const int32_t* place, const int32_t* end) {
-      own_count[l] = static_cast<double>(end - place);
-      for (; place < end; ++place) other_count[*place] += 1;
+      const int32_t node = static_cast<int32_t>(own_node + l);
+      int32_t link = 0;
+      edges_[node].count = static_cast<int32_t>(end - place);
+      for (; place < end; ++place) {
+        ++others[*place].count;
+        others[*place].link ^= node;
+        link ^= static_cast<int32_t>(other_node + *place);
+      }
+      edges_[node].link = link;
     });
   }
 
-  double row(int64_t i) const { return rows_[i]; }        // (W 1)_i
-  double column(int64_t j) const { return columns_[j]; }  // (W^T 1)_j
+  double row(int64_t i) const { return edges_[i].count; }          // (W 1)_i
+  double column(int64_t j) const { return edges_[m_ + j].count; }  // (W^T 1)_j
 
   // to (m,) = W v, v (n,)
   void to_rows(const double* v, double* to) const { by_rows_ ? gather(v, to) : spread(v, m_, to); }
@@ -167,10 +172,8 @@ class Support {
         for (; place < end; ++place) by_rows_ ? visit(l, *place) : visit(*place, l);
       });
     };
-    const double* const rows = rows_.data();
-    const double* const columns = columns_.data();
-    return rough ? system_.template solve<float>(m_, n_, rows, columns, each, delta, d)
-                 : system_.template solve<double>(m_, n_, rows, columns, each, delta, d);
+    return rough ? system_.template solve<float>(m_, n_, edges_, each, delta, d)
+                 : system_.template solve<double>(m_, n_, edges_, each, delta, d);
   }
 
  private:
@@ -214,7 +217,7 @@ class Support {
   bool by_rows_ = true;
   int64_t m_ = 0, n_ = 0;
   std::vector<Chunk> chunks_;
-  std::vector<double> rows_, columns_;  // counts (m,), (n,)
+  std::vector<Edges> edges_;  // (m + n,) of the rows, then of the columns
   Bipartite system_;
 };
 

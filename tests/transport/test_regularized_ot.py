@@ -11,6 +11,7 @@ import torch
 from dashpot import functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
 from bench import peers
 
@@ -137,6 +138,15 @@ class TestNewton:
         assert wide.value.item() == pytest.approx(same.value.item(), abs=1e-10)
         assert wide.status.item() == same.status.item() == 0
 
+    @pytest.mark.parametrize("gamma", [1e-7, 1e-2, 10.0])
+    def test_a_small_gamma_is_the_assignment(self, gamma):
+        """The support falls apart into trees; the value is within gamma |T|^2 / 2 of the least."""
+        cost = points(15, 15)
+        out = F.regularized_ot(cost, reg="l2", gamma=gamma, solver="newton", tol=1e-11)
+        assert out.status.item() == 0 and out.row_error[0].item() < 1e-11
+        least = cost.numpy()[linear_sum_assignment(cost)].mean()
+        assert -1e-9 <= out.value.item() - least <= gamma / 2 / 15 + 1e-9
+
     def test_steps_are_bounded(self):
         out = F.regularized_ot(points(24, 24), reg="l2", solver="newton", tol=1e-12, max_iter=3)
         assert out.n_iter.item() == 3 and out.status.item() == 1
@@ -153,6 +163,36 @@ class TestNewton:
         active = F.regularized_ot(cost, max_nz=1, tol=1e-10)
         alone = F.regularized_ot(cost, max_nz=1, tol=1e-10, solver="lbfgs", max_iter=3000)
         assert active.value.item() >= alone.value.item() - 1e-9
+
+
+@pytest.mark.parametrize("dtype", [D, torch.float32])
+@pytest.mark.parametrize(
+    ("m", "n"),
+    # a single row or column; more columns or rows; a dense system of as many rows as are solved
+    # directly, of more, which conjugate gradients take
+    [(1, 9), (9, 1), (20, 90), (90, 20), (128, 70), (190, 150)],
+)
+def test_newton_of_every_shape(m, n, dtype):
+    """Large and small gamma: wide supports and nearly trees. Masses that are not even."""
+    random = np.random.default_rng(m)
+    a, b = (torch.from_numpy(random.random(count) + 0.2) for count in (m, n))
+    a, b = a / a.sum(), b / b.sum()
+    for gamma in (0.5, 50.0):
+        options = {"reg": "l2", "solver": "newton", "gamma": gamma, "max_iter": 1000}
+        want = F.regularized_ot(points(m, n), a, b, tol=1e-10, **options)
+        assert want.status.item() == 0 and want.row_error[0].item() < 1e-10
+        cost, tol = points(m, n, dtype=dtype), 1e-10 if dtype == D else 1e-4
+        out = F.regularized_ot(cost, a.to(dtype), b.to(dtype), tol=tol, **options)
+        assert out.status.item() == 0 and out.row_error[0].item() < tol
+        with dashpot.backend("reference"):
+            same = F.regularized_ot(points(m, n), a, b, tol=1e-9, **options)
+        rounding = 1e-9 if dtype == D else 1e-5
+        assert out.value.item() == pytest.approx(same.value.item(), rel=rounding)
+
+
+def test_newton_of_no_mass():
+    out = F.regularized_ot(points(4, 3), torch.zeros(4, dtype=D), torch.zeros(3, dtype=D), reg="l2")
+    assert out.status.item() == 0 and out.value.item() == 0
 
 
 def test_equals_the_search_over_supports():

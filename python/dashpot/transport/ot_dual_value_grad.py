@@ -57,7 +57,8 @@ OT_DUAL_VALUE_GRAD = declare(
     inputs=_ot_dual_value_grad_inputs,
     floor=_ot_dual_value_grad_floor,
     sizes={"test": [(1, 1, 1, 1), (2, 2, 6, 5), (3, 8, 40, 37), (2, 20, 70, 33),
-                    (1, 1, 300, 50), (2, "l2", 40, 37), (2, "negentropy", 33, 37)],
+                    (1, 1, 300, 50), (2, "l2", 40, 37), (1, "l2", 5, 1100),
+                    (2, "negentropy", 33, 37)],
            "bench": [(1, 2, 64, 64), (1, 8, 512, 512), (1, 48, 1024, 32), (1, 2, 2048, 2048),
                      (64, 32, 256, 16), (1, "l2", 512, 512), (1, "negentropy", 512, 512)]},
 )  # fmt: skip

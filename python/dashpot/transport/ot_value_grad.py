@@ -91,6 +91,7 @@ OT_VALUE_GRAD = declare(
                     (2, 8, "dual", "euclidean", 3, 40, 37),
                     (2, 20, "semi_dual", "inner", 17, 70, 33),
                     (1, "l2", "semi_dual", "sqeuclidean", 3, 300, 50),
+                    (1, "l2", "dual", "euclidean", 3, 40, 70),
                     (1, "negentropy", "semi_dual", "sqeuclidean", 33, 33, 37),
                     (2, 4, "smoothed", "", 0, 40, 37),
                     (2, 4, "smoothed", "sqeuclidean", 2, 45, 66)],
