@@ -331,28 +331,23 @@ DASHPOT_INLINE bool choose_near(const Tile<T>& tile, Vec<T, isa> start, const Ab
       outer = distance == T(q) ? near[q] : outer;
     }
   }
-  const V same = distance == zero ? one : zero;
   const V last = below > zero ? inner : outer, next = below > zero ? outer : inner;
   const V excess = at.excess + (below > zero ? change : -change);
   found->theta = tile.dual ? zero : start + (excess - budget) / k;
-  const V least = same > zero ? start : last;
-  V full = found->theta < least ? one : same;
-  full = found->theta > least ? zero : full;
-  const V settled = dead > zero ? one : full;
-  if (!tile.dual && any<T, isa>(settled < one)) return false;
+  found->bound = distance > zero ? last : next_above<T, isa>(start);
+  V less = found->theta < found->bound ? zero : one;  // 1 where fewer than k lie above theta
+  less = dead > zero ? zero : less;
+  if (!tile.dual && any<T, isa>(less > zero)) return false;
 
   const V middle = next + (last - next) * T(0.5);
-  found->bound = same > zero ? next_above<T, isa>(start) : last;
   found->level = middle > found->theta ? middle : found->theta;
-  found->level = same > zero ? start : found->level;
-  found->tied = next == last ? one - same : zero;
-  if (tile.dual) {  // fewer than k scores above 0
-    found->bound = full > zero ? found->bound : zero;
-    found->level = full > zero ? found->level : zero;
-    found->tied = full > zero ? found->tied : zero;
-  }
+  found->level = distance > zero ? found->level : start;
+  const V rival = next > found->theta ? next : -infinity;
+  found->tied = rival == last ? one : zero;
+  found->tied = distance > zero ? found->tied : zero;
+  const V floor = tile.dual ? zero : -infinity;
+  found->bound = found->bound > floor ? found->bound : floor;
   found->bound = dead > zero ? infinity : found->bound;
-  found->tied = dead > zero ? zero : found->tied;
   if (!tile.dual) found->theta = dead > zero ? -infinity : found->theta;
   return true;
 }

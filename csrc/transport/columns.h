@@ -74,19 +74,22 @@ DASHPOT_INLINE void apply(Tile<T>& tile, const Choice<T, isa>& found) {
   const V zero = {}, infinity = fill<T, isa>(std::numeric_limits<T>::infinity());
   const V inverse = zero + 1 / tile.gamma;
   const V bound = found.tied > zero ? infinity : found.bound;
+  const T* const scores = tile.scores;
+  double* const totals = tile.totals;
+  const int64_t m = tile.m;
   V sums[2] = {zero, zero}, squares[2] = {zero, zero};
-  for (int64_t i = 0; i < tile.m; i += kWidth) {
-    const int64_t rows = std::min(kWidth, tile.m - i);
+  for (int64_t i = 0; i < m; i += kWidth) {
+    const int64_t rows = std::min(kWidth, m - i);
     const auto entries = [&](int r) __attribute__((always_inline)) {
-      const V score = load<T, isa>(tile.scores + (i + r) * kWidth);
+      const V score = load<T, isa>(scores + (i + r) * kWidth);
       const V gap = score >= bound ? score - found.theta : zero;
       const V t = gap * inverse;
       sums[r % 2] += t;
       squares[r % 2] += gap * t;
       return t;
     };
-    if (tile.totals) {
-      sum_rows<T, isa>(tile.totals + i, rows, entries);
+    if (totals) {
+      sum_rows<T, isa>(totals + i, rows, entries);
     } else {
 #pragma GCC unroll 16
       for (int r = 0; r < kWidth; ++r) {

@@ -77,9 +77,9 @@ DASHPOT_INLINE void nearest(const Side<T, isa>& side, const T* scores, int64_t m
   for (int64_t i = 0; i < m; ++i) {
     Order passing = side.place(load<T, isa>(scores + i * kLanes<T, isa>));
     for (int q = 0; q < Q; ++q) {
-      const Order nearer = passing < list[q] ? passing : list[q];
-      passing = passing < list[q] ? list[q] : passing;
-      list[q] = nearer;
+      const Order further = passing < list[q] ? list[q] : passing;
+      list[q] = passing < list[q] ? passing : list[q];
+      passing = further;
     }
   }
   for (int q = 0; q < Q; ++q) near[q] = side.number(list[q]);
