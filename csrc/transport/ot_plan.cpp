@@ -3,6 +3,8 @@
 // beyond them. One read of the cost: the columns' thresholds (columns.h), then the scores above
 // them.
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -60,9 +62,12 @@ void write_column(const Options& options, const Tile<T>& tile, int64_t lane, int
   }
   int32_t* const chosen = order.rows.data();
   int64_t count = 0;
+  // Chosen are scores above theta, from the bound on.
+  const T least = bound > theta ? bound : std::nextafter(theta, std::numeric_limits<T>::infinity());
+  const T* const own = tile.scores + lane;
   for (int32_t i = 0; i < m; ++i) {  // without a branch: which are chosen follows no pattern
     chosen[count] = i;
-    count += static_cast<int64_t>(score(i) > theta) & static_cast<int64_t>(score(i) >= bound);
+    count += own[i * lanes] >= least;
   }
   const auto before = [&](int32_t i, int32_t j) {
     return score(i) > score(j) || (score(i) == score(j) && i < j);
@@ -93,6 +98,26 @@ void write_column(const Options& options, const Tile<T>& tile, int64_t lane, int
   }
 }
 
+// Columns [begin, end) of one problem's plan into rows, values (k, n).
+template <class T, class C>
+void plan_chunk(const Options& options, const T* alpha, const T* beta, const T* b,
+                const Cost<C>& cost, int64_t begin, int64_t end, int32_t* rows, T* values) {
+  const int64_t lanes = vector_bytes(isa()) / sizeof(T);
+  static thread_local std::vector<double> row_sums;
+  static thread_local std::vector<T> column;
+  row_sums.resize(options.m);
+  column.resize(options.n);
+  Order<T> order(options.m);
+  const auto write = [&](const Tile<T>& tile, int64_t first, int64_t count) {
+    for (int64_t lane = 0; lane < count; ++lane) {
+      write_column<T>(options, tile, lane, lanes, order, rows + first + lane,
+                      values + first + lane);
+    }
+  };
+  evaluate_columns<T, C>(options, alpha, beta, b, cost, begin, end, row_sums.data(),
+                         PerColumn<T>{column.data(), nullptr, nullptr}, write);
+}
+
 std::tuple<Tensor, Tensor> ot_plan_forward(const Tensor& cost, const Tensor& b, const Tensor& alpha,
                                            const Tensor& beta, bool by_rows, const std::string& reg,
                                            double gamma, int64_t max_nz,
@@ -109,23 +134,12 @@ std::tuple<Tensor, Tensor> ot_plan_forward(const Tensor& cost, const Tensor& b, 
     using C = typename std::decay_t<decltype(all)>::Element;
     using T = StateOf<C>;
     const int64_t width = columns_per_chunk(n), chunks = (n + width - 1) / width;
-    const int64_t lanes = vector_bytes(isa()) / sizeof(T);
     parallel_for(batch * chunks, threads, [&](int64_t item) {
       const int64_t p = item / chunks, begin = item % chunks * width;
-      std::vector<double> row_sums(m);
-      std::vector<T> column(n);
-      Order<T> order(m);
-      evaluate_columns<T, C>(options, alpha.as<T>() + p * m,
-                             options.dual ? beta.as<T>() + p * n : nullptr, b.as<T>() + p * n,
-                             all.at(p, m * n), begin, std::min(n, begin + width), row_sums.data(),
-                             PerColumn<T>{column.data(), nullptr, nullptr},
-                             [&](const Tile<T>& tile, int64_t first, int64_t count) {
-                               for (int64_t lane = 0; lane < count; ++lane) {
-                                 const int64_t at = p * max_nz * n + first + lane;
-                                 write_column<T>(options, tile, lane, lanes, order,
-                                                 rows.as<int32_t>() + at, values.as<T>() + at);
-                               }
-                             });
+      plan_chunk<T, C>(options, alpha.as<T>() + p * m,
+                       options.dual ? beta.as<T>() + p * n : nullptr, b.as<T>() + p * n,
+                       all.at(p, m * n), begin, std::min(n, begin + width),
+                       rows.as<int32_t>() + p * max_nz * n, values.as<T>() + p * max_nz * n);
     });
   });
   return out;
