@@ -1,4 +1,5 @@
-// Vectors whose first element begins a cache line: no load of a whole vector then touches two.
+// Vectors whose first element begins a cache line: no load of a whole vector then touches two. New
+// elements are not set to 0.
 #pragma once
 
 #include <cstddef>
@@ -15,6 +16,10 @@ struct LineAllocator {
   template <class U>
   LineAllocator(const LineAllocator<U>&) {}
   T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  template <class U>
+  void construct(U* at) {
+    ::new (static_cast<void*>(at)) U;
+  }
   void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
   template <class U>
   bool operator==(const LineAllocator<U>&) const {

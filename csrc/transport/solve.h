@@ -26,6 +26,25 @@ inline Solver solver_of(const std::string& name) {
                               : Solver::kAuto;
 }
 
+// sum |x|
+struct Magnitudes {
+  template <Isa isa>
+  static DASHPOT_INLINE void run(const double* x, int64_t n, double* to) {
+    constexpr int kWidth = kLanes<double, isa>;
+    Vec<double, isa> sums[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth) {
+      for (int u = 0; u < 4; ++u) {
+        const Vec<double, isa> y = load<double, isa>(x + i + u * kWidth);
+        sums[u] += y > -y ? y : -y;
+      }
+    }
+    double sum = sum_lanes<double, isa>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < n; ++i) sum += std::fabs(x[i]);
+    *to = sum;
+  }
+};
+
 // [low, high] widened to the numbers of a line, but for +inf.
 template <class T, class E>
 struct Widen {
@@ -59,46 +78,33 @@ template <class T, class C>
 class Negated {
  public:
   double noise = sizeof(T) == 8 ? 1e-14 : 1e-7;  // rounding of a value, relative
-  double scale;
+  double scale = 0;
   int64_t evaluations = 0;
 
   Negated(const Options& options, const Cost<C>& cost, const T* a, const T* b, int threads)
-      : options_(options),
-        cost_(cost),
-        a_(a),
-        b_(b),
-        threads_(threads),
-        alpha_(options.m),
-        beta_(options.n),
-        level_(options.n, std::numeric_limits<T>::infinity()),
-        column_(options.n),
-        rows_(options.m) {
-    for (int64_t i = 0; i < options.m; ++i) mass_ += a[i];
-    scale =
-        options.gamma / std::max(1e-300, options.reg == Reg::kNegentropy ? mass_ / options.m : 1.0);
-  }
+      : options_(options), cost_(cost), a_(a), b_(b), threads_(threads) {}
 
   int64_t size() const { return options_.m + (options_.dual ? options_.n : 0); }
   void smooth(double mu) {
+    make_room();
     options_.smoothing = mu;
     std::fill(level_.begin(), level_.end(), T(0));
   }
 
   double operator()(const double* x, double* g) {
-    const int64_t m = options_.m, n = options_.n;
-    std::copy_n(x, m, alpha_.data());
-    if (options_.dual) std::copy_n(x + m, n, beta_.data());
+    const int64_t m = options_.m;
+    take(x);
     const double obj =
         run(options_.dual ? beta_.data() : nullptr, g, options_.dual ? g + m : column_.data());
-    for (int64_t i = 0; i < size(); ++i) g[i] = -g[i];
+    Alone().each(size(), [&](int64_t i) { g[i] = -g[i]; });
     return -obj;
   }
 
   // The larger of the marginals' errors, L1, per unit of mass.
   double error(const double* g) const {
     double rows = 0, columns = 0;
-    for (int64_t i = 0; i < options_.m; ++i) rows += std::fabs(g[i]);
-    for (int64_t i = options_.m; i < size(); ++i) columns += std::fabs(g[i]);
+    run_on_isa<Magnitudes>(g, options_.m, &rows);
+    run_on_isa<Magnitudes>(g + options_.m, size() - options_.m, &columns);
     return std::max(rows, columns) / std::max(mass_, 1e-300);
   }
 
@@ -116,7 +122,7 @@ class Negated {
   }
   void eliminate(double* x) {
     const int64_t m = options_.m, n = options_.n;
-    std::copy_n(x, m, alpha_.data());
+    take(x);
     options_.dual = false;
     run(nullptr, rows_.data(), column_.data());
     options_.dual = true;
@@ -145,8 +151,7 @@ class Negated {
     options.tie = tol;
     std::vector<double> g(m), h(n);
     std::vector<int32_t> tied(n);
-    std::copy_n(x, m, alpha_.data());
-    if (options_.dual) std::copy_n(x + m, n, beta_.data());
+    take(x);
     Report found{};
     evaluate<T, C, double>(options, 1, alpha_.data(), options_.dual ? beta_.data() : nullptr, cost_,
                            a_, b_, &found.value, g.data(), h.data(), nullptr, tied.data(), scratch_,
@@ -176,6 +181,27 @@ class Negated {
   }
 
  private:
+  // At the first use: of a solver's functions some are never asked.
+  void make_room() {
+    if (!alpha_.empty()) return;
+    const int64_t m = options_.m, n = options_.n;
+    alpha_.resize(m), beta_.resize(n), column_.resize(n), rows_.resize(m);
+    level_.assign(n, std::numeric_limits<T>::infinity());
+    for (int64_t i = 0; i < m; ++i) mass_ += a_[i];
+    const double even = options_.reg == Reg::kNegentropy ? mass_ / static_cast<double>(m) : 1.0;
+    scale = options_.gamma / std::max(1e-300, even);
+  }
+
+  // x (size(),) from here on in the state's type.
+  void take(const double* x) {
+    make_room();
+    const int64_t m = options_.m;
+    T *const alpha = alpha_.data(), *const beta = beta_.data();
+    Alone().each(m, [&](int64_t i) { alpha[i] = static_cast<T>(x[i]); });
+    if (!options_.dual) return;
+    Alone().each(options_.n, [&](int64_t j) { beta[j] = static_cast<T>(x[m + j]); });
+  }
+
   // One evaluation at alpha_ and beta (n,), or null: the objective, a - T 1 (m,), and b - T^T 1 or
   // beta (n,).
   double run(const T* beta, double* rows, double* column) {
@@ -198,7 +224,7 @@ class Negated {
   int threads_;
   double mass_ = 0;
   AlignedVector<T> alpha_, beta_, level_;
-  std::vector<double> column_, rows_;  // (n,), (m,)
+  AlignedVector<double> column_, rows_;  // (n,), (m,)
   Scratch<T> scratch_;
   Candidates<T, C> listed_;
   Support<T, C> support_;
