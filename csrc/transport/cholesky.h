@@ -90,10 +90,10 @@ struct SolveCholesky {
     using V = Vec<T, isa>;
     const T* const pivots = h + k * stride;
     T* const rows = h + i * stride;
-    V factor[R][kTogether];
+    T factor[R][kTogether];
     for (int r = 0; r < R; ++r) {
       for (int p = 0; p < kTogether; ++p) {
-        factor[r][p] = V{} + share[p * stride + i + r];
+        factor[r][p] = share[p * stride + i + r];
       }
     }
     for (int64_t l = i / kWidth * kWidth; l < stride; l += kWidth) {

@@ -123,8 +123,8 @@ DASHPOT_HD_APART Progress newton(Vectors& vectors, Function& function, double* r
   };
   if (vectors.max(m, [&](int64_t i) { return fabs(x[i]); }) > 0) begin();
   const double total = vectors.sum(m, [&](int64_t i) { return function.a(i); });
-  if (far) {  // not a start to go on from: begin where W holds some 16 entries per row
-    const double wide = function.spread() / 512 * static_cast<double>(m * n);
+  if (far) {  // not a start to go on from: begin where W holds a few entries per row
+    const double wide = function.spread() / 2048 * static_cast<double>(m * n);
     if (total > 0) gamma = fmax(gamma, wide / total);
     begin();
   }

@@ -145,7 +145,7 @@ class _Problem:
         ]
         high, low = (torch.stack(end) for end in zip(*ends, strict=True))  # (chunks, B)
         spread = (high.amax(0) - low.amin(0)).clamp(min=0)  # (B,)
-        wide = spread / 512 * self.m * self.b.shape[1] / self.mass
+        wide = spread / 2048 * self.m * self.b.shape[1] / self.mass
         wide = torch.where(self.a.sum(1) > 0, wide, 0)
         run = solvers.newton(
             self.negated_l2, self.eliminate_l2, self.newton_direction, self.error, alpha,
