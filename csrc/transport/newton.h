@@ -26,6 +26,7 @@ inline constexpr double kNear = 0.3;           // marginal error from which gamm
 inline constexpr double kPredictor = 5e-3;     // its damping, of the largest row of W
 inline constexpr double kFirstDamping = 3e-2;  // of the corrector, per error
 inline constexpr double kLeastDamping = 1e-2;
+inline constexpr int kPatience = 30;  // steps at the last gamma in which the error falls by a tenth
 
 // d (m,) of (H + delta) d = rhs to `reach` of |rhs|, by conjugate gradients; room (4 m + n,).
 template <class Vectors, class Function>
@@ -128,7 +129,8 @@ DASHPOT_HD_APART Progress newton(Vectors& vectors, Function& function, double* r
     if (total > 0) gamma = fmax(gamma, wide / total);
     begin();
   }
-  double damping = kFirstDamping;
+  double damping = kFirstDamping, least = INFINITY;
+  int idle = 0;
   bool stuck = false;
   for (;;) {
     const double error = function.error(g);
@@ -136,6 +138,9 @@ DASHPOT_HD_APART Progress newton(Vectors& vectors, Function& function, double* r
     // Half of tol: once its columns are made exact, a row's error holds theirs too.
     if (last && error <= tol / 2) return done.status = kConverged, done;
     if (done.iterations >= max_iter) return done.status = kMaxIter, done;
+    idle = !last || error < 0.9 * least ? 0 : idle + 1;
+    if (idle == 0) least = error;
+    if (idle == kPatience) return done.status = kStalled, done;  // rounding
     ++done.iterations;
     if (!last && (error <= kNear || stuck)) {
       const double next = fmax(gamma / 2, options.gamma);

@@ -174,6 +174,10 @@ DASHPOT_HD Progress climb(Vectors& vectors, Function& function, Relaxed& relaxed
   Progress done;
   if (settings.solver == Solver::kNewton || (automatic && quadratic && !(bounded && few_columns))) {
     done = newton(vectors, relaxed, rest, x, g, options, steps, settings.tol);
+    if (done.status == kStalled && !bounded) {  // rounding: what counts is the semi-dual's error
+      function(x, g);
+      if (function.error(g) <= settings.tol) done.status = kConverged;
+    }
     const bool over = done.status == kConverged && !bounded;
     if (over || done.iterations >= steps || settings.solver == Solver::kNewton) return done;
   }

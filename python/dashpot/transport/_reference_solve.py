@@ -173,8 +173,9 @@ def lbfgs(
 
 
 # As in csrc/transport/newton.h: the error from which gamma goes on falling, the predictor's
-# damping, the corrector's first and least one, step lengths of a line search.
-NEAR, PREDICTOR, FIRST_DAMPING, LEAST_DAMPING, TRIALS = 0.3, 5e-3, 3e-2, 1e-2, 12
+# damping, the corrector's first and least one, step lengths of a line search, steps at the last
+# gamma in which the error falls by a tenth.
+NEAR, PREDICTOR, FIRST_DAMPING, LEAST_DAMPING, TRIALS, PATIENCE = 0.3, 5e-3, 3e-2, 1e-2, 12, 30
 
 
 def newton(
@@ -205,6 +206,7 @@ def newton(
     damping, slope = torch.full_like(f, FIRST_DAMPING), torch.zeros_like(f)
     turn = torch.ones_like(f, dtype=torch.bool)  # a new direction is wanted
     stuck, ahead = ~turn, ~turn
+    least, idle = torch.full_like(f, torch.inf), torch.zeros_like(f)
     steps = torch.zeros_like(f, dtype=torch.int32)
     calls, status = steps + 4, steps - 1
     for _ in range(4 * max_iter + 60):
@@ -212,6 +214,10 @@ def newton(
         last = strength <= gamma
         status = torch.where(turn & (status < 0) & (steps >= max_iter), MAX_ITER, status)
         status = torch.where(turn & last & (here <= tol / 2), CONVERGED, status)
+        fresh = turn & (~last | (here < 0.9 * least))
+        idle = torch.where(fresh, 0, idle + turn)
+        least = torch.where(fresh, here, least)
+        status = torch.where(turn & (status < 0) & (idle >= PATIENCE), STALLED, status)
         going = status < 0
         if over(~going):
             break

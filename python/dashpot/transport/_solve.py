@@ -151,7 +151,11 @@ class _Problem:
             self.negated_l2, self.eliminate_l2, self.newton_direction, self.error, alpha,
             self.gamma, wide, self.noise, max_iter, tol,
         )  # fmt: skip
-        return run._replace(x=run.x[:, : self.m])
+        alpha = run.x[:, : self.m]
+        strength = torch.full_like(wide, self.gamma)
+        error = self.error(self._l2(alpha, None, strength)[1])  # the semi-dual's: what counts
+        settled = (run.status == STALLED) & (error <= tol)
+        return run._replace(x=alpha, status=torch.where(settled, CONVERGED, run.status).int())
 
 
 def _continuation(problem, start, formulation, max_iter, tol, smoothing):
