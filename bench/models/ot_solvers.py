@@ -26,7 +26,7 @@ from bench.models import _run
 from bench.models.color_transfer import median_time, pot
 
 TURNS = 9
-STEPS = (10, 15, 20, 25, 30, 40, 60, 80, 100, 150, 200, 300, 400, 500, 1000)
+STEPS = (*range(10, 40), 40, 60, 80, 100, 150, 200, 300, 400, 500, 1000)
 
 
 def points(size: int) -> tuple[Tensor, Tensor, Tensor]:
