@@ -377,7 +377,6 @@ __device__ Found<T> choose(Team<T, kColumns>& team, const Scores<T, kColumns, Fo
     return choose_listed(top, static_cast<int>(k), budget, dual);
   } else {
     const T highest = read_highest(team, scores);
-    if (dual && k >= team.m) return {T(0), T(0), 0};  // whatever is positive
     return choose_by_threshold(team, scores, highest, static_cast<T>(k), budget, dual);
   }
 }

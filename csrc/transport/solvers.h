@@ -43,8 +43,8 @@ DASHPOT_HD inline int64_t solve_room(int64_t m, int64_t n) {
 
 // optax.adam: maximisation by moments of the gradient; room (2 n,).
 template <class Vectors, class Function>
-DASHPOT_HD Progress adam(Vectors& vectors, Function& function, double* room, double* x, double* g,
-                         int64_t n, const Settings& settings) {
+DASHPOT_HD_APART Progress adam(Vectors& vectors, Function& function, double* room, double* x,
+                               double* g, int64_t n, const Settings& settings) {
   double* first = room;
   double* second = room + n;
   vectors.each(n, [&](int64_t i) { first[i] = second[i] = 0; });
@@ -153,6 +153,13 @@ DASHPOT_HD inline Progress operator+(const Progress& first, const Progress& then
   return {first.iterations + then.iterations, first.evaluations + then.evaluations, then.status};
 }
 
+// Whether x is a solution for the function itself: where rounding has stopped the relaxed one.
+template <class Function>
+DASHPOT_HD_APART bool meets(Function& function, const double* x, double* g, double tol) {
+  function(x, g);
+  return function.error(g) <= tol;
+}
+
 // x (m + n,) from where to start to the solution; room (solve_room(m, n),). relaxed: the l2
 // dual, without a bound; smoothed: the dual with a `smooth(mu)`.
 template <class Vectors, class Function, class Relaxed, class Smoothed>
@@ -174,9 +181,8 @@ DASHPOT_HD Progress climb(Vectors& vectors, Function& function, Relaxed& relaxed
   Progress done;
   if (settings.solver == Solver::kNewton || (automatic && quadratic && !(bounded && few_columns))) {
     done = newton(vectors, relaxed, rest, x, g, options, steps, settings.tol);
-    if (done.status == kStalled && !bounded) {  // rounding: what counts is the semi-dual's error
-      function(x, g);
-      if (function.error(g) <= settings.tol) done.status = kConverged;
+    if (done.status == kStalled && !bounded && meets(function, x, g, settings.tol)) {
+      done.status = kConverged;
     }
     const bool over = done.status == kConverged && !bounded;
     if (over || done.iterations >= steps || settings.solver == Solver::kNewton) return done;
