@@ -6,7 +6,8 @@
 // optimum of the unregularised problem is one), so nodes of one edge are eliminated first, with
 // whatever that leaves of one edge, in O(1) each: the xor of a node's neighbours is the neighbour
 // once it has no other. What remains has its columns eliminated, which leaves a dense system of its
-// rows (cholesky.h).
+// rows (cholesky.h): from each row's pivot the row takes its columns' lines, a column's line being
+// its neighbours over its pivot.
 #pragma once
 
 #include <algorithm>
@@ -21,35 +22,35 @@ namespace dashpot::transport {
 
 inline constexpr int64_t kDirect = 128;  // rows up to which the dense system is solved
 
-// h (m, stride), upper triangle, less share_j of every pair of rows [starts_j, starts_j + 1) of
-// each column, ascending; line (stride,): zeros, and left so.
+// h (m, stride), from the own vector of each row i on: minus the sum of the lines (.., stride) of
+// the numbers columns [starts_i, starts_i+1).
 template <class T>
-struct SubtractCliques {
-  static constexpr int64_t kLong = 8;  // rows from which whole vectors are subtracted
+struct SubtractLines {
+  static constexpr int kTogether = 4;  // vectors in registers
   template <Isa isa>
-  static DASHPOT_INLINE void run(T* h, int64_t stride, const int32_t* rows, const int64_t* starts,
-                                 const T* shares, int64_t columns, T* line) {
+  static DASHPOT_INLINE void run(T* h, int64_t m, int64_t stride, const T* lines,
+                                 const int32_t* columns, const int64_t* starts) {
     constexpr int kWidth = kLanes<T, isa>;
-    for (int64_t j = 0; j < columns; ++j) {
-      const int32_t* const first = rows + starts[j];
-      const int32_t* const end = rows + starts[j + 1];
-      const T share = shares[j];
-      if (end - first < kLong) {
-        for (const int32_t* row = first; row < end; ++row) {
-          T* const to = h + *row * stride;
-          for (const int32_t* other = row; other < end; ++other) to[*other] -= share;
-        }
-        continue;
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t l = i / kWidth * kWidth; l < stride; l += kTogether * kWidth) {
+        some<isa, kTogether>(h + i * stride + l, (stride - l) / kWidth, lines + l, stride,
+                             columns + starts[i], columns + starts[i + 1]);
       }
-      for (const int32_t* row = first; row < end; ++row) line[*row] = share;
-      for (const int32_t* row = first; row < end; ++row) {
-        T* const to = h + *row * stride;
-        for (int64_t l = *row / kWidth * kWidth; l < stride; l += kWidth) {
-          store<T, isa>(to + l, load<T, isa>(to + l) - load<T, isa>(line + l));
-        }
-      }
-      for (const int32_t* row = first; row < end; ++row) line[*row] = 0;
     }
+  }
+  template <Isa isa, int K>
+  static DASHPOT_INLINE void some(T* to, int64_t vectors, const T* lines, int64_t stride,
+                                  const int32_t* column, const int32_t* end) {
+    constexpr int kWidth = kLanes<T, isa>;
+    if constexpr (K > 1) {
+      if (vectors < K) return some<isa, K - 1>(to, vectors, lines, stride, column, end);
+    }
+    Vec<T, isa> sums[K] = {};
+    for (; column < end; ++column) {
+      const T* const line = lines + *column * stride;
+      for (int v = 0; v < K; ++v) sums[v] -= load<T, isa>(line + v * kWidth);
+    }
+    for (int v = 0; v < K; ++v) store<T, isa>(to + v * kWidth, sums[v]);
   }
 };
 
@@ -61,17 +62,17 @@ struct Edges {
 class Bipartite {
  public:
   // d (m + n,): the right-hand side, then x; false where too many rows remain, or the system is not
-  // positive definite: d is then spoiled. edges (m + n,): W's; each(visit): visit(i, j) of every
-  // entry of W, ascending in i for each j. T: of the dense system.
-  template <class T, class Each>
-  bool solve(int64_t m, int64_t n, const std::vector<Edges>& edges, const Each& each, double delta,
-             double* d) {
+  // positive definite: d is then spoiled. edges (m + n,): W's; each_line(visit): visit(l, its first
+  // place, its end) of W's rows, or of its columns, ascending. T: of the dense system.
+  template <class T, class EachLine>
+  bool solve(int64_t m, int64_t n, const std::vector<Edges>& edges, bool by_rows,
+             const EachLine& each_line, double delta, double* d) {
     nodes_.resize(m + n);
     for (int64_t v = 0; v < m + n; ++v) {
       nodes_[v] = {edges[v].count + (v < m ? delta : 0.0), edges[v].count, edges[v].link};
     }
     strip(d);
-    if (!solve_core(m, n, each, std::get<Core<T>>(cores_), d)) return false;
+    if (!solve_core(m, n, edges, by_rows, each_line, std::get<Core<T>>(cores_), d)) return false;
     for (int64_t v = 0; v < m + n; ++v) {  // the last of a tree; its exact pivot is above delta's
       if (nodes_[v].degree == 0 && nodes_[v].pivot > 0) {
         d[v] /= std::max(nodes_[v].pivot, delta);
@@ -79,8 +80,9 @@ class Bipartite {
         d[v] = 0;
       }
     }
-    for (auto v = order_.rbegin(); v != order_.rend(); ++v) {
-      d[*v] = (d[*v] - d[nodes_[*v].link]) / nodes_[*v].pivot;
+    for (int64_t q = gone_ - 1; q >= 0; --q) {
+      const int32_t v = order_[q];
+      d[v] = (d[v] - d[nodes_[v].link]) * nodes_[v].pivot;
     }
     return true;
   }
@@ -88,7 +90,7 @@ class Bipartite {
  private:
   static constexpr int32_t kGone = -1;
   struct Node {
-    double pivot;
+    double pivot;    // of one that is gone, 1 over it
     int32_t degree;  // edges left, or kGone
     int32_t link;    // the xor of its neighbours; of one that is gone, the last
   };
@@ -96,11 +98,13 @@ class Bipartite {
   template <class T>
   struct Core {
     Cholesky<T> system;
-    std::vector<T> shares;  // (n,) 1 over a column's pivot
+    AlignedVector<T> lines;  // (columns that remain + 1, stride), the first one zeros
+    std::vector<T> shares;   // (columns that remain + 1,), 1 over the pivot; first 0
   };
 
   void strip(double* d) {
-    order_.clear();
+    order_.resize(nodes_.size());
+    gone_ = 0;
     for (int32_t start = 0; start < static_cast<int32_t>(nodes_.size()); ++start) {
       int32_t v = start;
       while (nodes_[v].degree == 1) {
@@ -110,68 +114,103 @@ class Bipartite {
         d[u] -= share * d[v];
         nodes_[u].link ^= v;
         --nodes_[u].degree;
+        nodes_[v].pivot = share;
         nodes_[v].degree = kGone;
-        order_.push_back(v);
+        order_[gone_++] = v;
         v = u;
       }
     }
   }
 
-  // The nodes of two edges and more.
-  template <class T, class Each>
-  bool solve_core(int64_t m, int64_t n, const Each& each, Core<T>& core, double* d) {
-    auto& [system, shares] = core;
+  // The nodes of two edges and more. Columns that are gone have line 0: rows take it in vain, and
+  // no branch is needed.
+  template <class T, class EachLine>
+  bool solve_core(int64_t m, int64_t n, const std::vector<Edges>& edges, bool by_rows,
+                  const EachLine& each_line, Core<T>& core, double* d) {
+    auto& [system, all_lines, shares] = core;
+    rows_.resize(m + 1);
     index_.resize(m);
-    int32_t count = 0;
-    for (int64_t i = 0; i < m; ++i) index_[i] = nodes_[i].degree > 0 ? count++ : -1;
+    starts_.resize(m + 1);
+    int64_t count = 0, entries = 0;
+    for (int64_t i = 0; i < m; ++i) {
+      const bool remains = nodes_[i].degree > 0;
+      rows_[count] = static_cast<int32_t>(i);
+      starts_[count] = entries;
+      index_[i] = remains ? static_cast<int32_t>(count) : -1;
+      count += remains;
+      entries += remains ? edges[i].count : 0;
+    }
+    starts_[count] = entries;
     if (count == 0) return true;
     if (count > kDirect) return false;
-    starts_.resize(n + 1);
-    shares.resize(n);
-    starts_[0] = 0;
+    line_.resize(n);
+    int32_t lines = 1;
+    for (int64_t j = 0; j < n; ++j) line_[j] = nodes_[m + j].degree > 0 ? lines++ : 0;
+    T* const h = system.room(count);
+    const int64_t stride = system.stride(), rhs = count;
+    all_lines.resize(lines * stride);
+    T* const line = all_lines.data();
+    std::fill_n(line, lines * stride, T(0));
+    shares.resize(lines);
+    shares[0] = 0;
     for (int64_t j = 0; j < n; ++j) {
-      const Node& node = nodes_[m + j];
-      starts_[j + 1] = starts_[j] + std::max(node.degree, 0);
-      shares[j] = node.degree > 0 ? static_cast<T>(1 / node.pivot) : T(0);
+      if (line_[j] == 0) continue;
+      const T share = static_cast<T>(1 / nodes_[m + j].pivot);
+      shares[line_[j]] = share;
+      line[line_[j] * stride + rhs] = share * static_cast<T>(d[m + j]);
     }
-    next_.assign(starts_.begin(), starts_.end());
-    rows_.resize(starts_[n] + 1);
-    each([&](int64_t i, int64_t j) {
-      if (index_[i] >= 0 && nodes_[m + j].degree > 0) rows_[next_[j]++] = index_[i];
-    });
-    T* const h = system.empty(count);
-    T* const y = system.rhs();
-    for (int64_t i = 0; i < m; ++i) {
-      if (index_[i] < 0) continue;
-      h[index_[i] * system.stride() + index_[i]] = static_cast<T>(nodes_[i].pivot);
-      y[index_[i]] = static_cast<T>(d[i]);
+    columns_.resize(entries + 1);
+    if (by_rows) {
+      each_line([&](int64_t i, const int32_t* place, const int32_t* end) {
+        const int64_t r = index_[i];
+        if (r < 0) return;
+        int32_t* to = columns_.data() + starts_[r];
+        for (; place < end; ++place) {
+          const int32_t own = line_[*place];
+          *to++ = own;
+          line[own * stride + r] = shares[own];
+        }
+      });
+    } else {
+      next_.assign(starts_.begin(), starts_.begin() + count);
+      each_line([&](int64_t j, const int32_t* place, const int32_t* end) {
+        const int32_t own = line_[j];
+        for (; place < end; ++place) {
+          const int64_t r = index_[*place];
+          if (r < 0) continue;
+          columns_[next_[r]++] = own;
+          line[own * stride + r] = shares[own];
+        }
+      });
     }
-    run_on_isa<SubtractCliques<T>>(h, system.stride(), static_cast<const int32_t*>(rows_.data()),
-                                   static_cast<const int64_t*>(starts_.data()),
-                                   static_cast<const T*>(shares.data()), n, system.room());
-    for (int64_t j = 0; j < n; ++j) {
-      const T share = shares[j] * static_cast<T>(d[m + j]);
-      for (int64_t e = starts_[j]; e < starts_[j + 1]; ++e) y[rows_[e]] -= share;
+    run_on_isa<SubtractLines<T>>(h, count, stride, static_cast<const T*>(line),
+                                 static_cast<const int32_t*>(columns_.data()),
+                                 static_cast<const int64_t*>(starts_.data()));
+    for (int64_t r = 0; r < count; ++r) {
+      h[r * stride + r] += static_cast<T>(nodes_[rows_[r]].pivot);
+      h[r * stride + rhs] += static_cast<T>(d[rows_[r]]);
     }
     const T* const x = system.solve();
     if (x == nullptr) return false;
-    for (int64_t i = 0; i < m; ++i) {
-      if (index_[i] >= 0) d[i] = x[index_[i]];
+    sums_.assign(lines, 0);
+    for (int64_t r = 0; r < count; ++r) {
+      d[rows_[r]] = x[r];
+      for (int64_t e = starts_[r]; e < starts_[r + 1]; ++e) sums_[columns_[e]] += x[r];
     }
     for (int64_t j = 0; j < n; ++j) {
-      if (!(nodes_[m + j].degree > 0)) continue;
-      double sum = d[m + j];
-      for (int64_t e = starts_[j]; e < starts_[j + 1]; ++e) sum -= x[rows_[e]];
-      d[m + j] = sum / nodes_[m + j].pivot;
+      if (line_[j] > 0) d[m + j] = (d[m + j] - sums_[line_[j]]) / nodes_[m + j].pivot;
     }
     return true;
   }
 
-  std::vector<Node> nodes_;     // (m + n,)
-  std::vector<int32_t> order_;  // the nodes that are gone
-  std::vector<int32_t> index_;  // (m,) a row's place in the dense system, or -1
-  std::vector<int32_t> rows_;   // of each column that remains
+  std::vector<Node> nodes_;            // (m + n,)
+  std::vector<int32_t> order_;         // the nodes that are gone,
+  int64_t gone_ = 0;                   // and how many
+  std::vector<int32_t> rows_, index_;  // the rows that remain; (m,) the place of each, or -1
+  std::vector<int32_t> line_;          // (n,) the number of its line
+  std::vector<int32_t> columns_;       // of each row that remains: the lines of its columns
   std::vector<int64_t> starts_, next_;
+  std::vector<double> sums_;
   std::tuple<Core<float>, Core<double>> cores_;
 };
 

@@ -1,8 +1,11 @@
 // Systems of a symmetric positive definite matrix of few rows, by U^T D U.
 //
-// The upper triangle lies in rows (m, stride), stride whole vectors; four pivots are taken at once
-// from some rows at once, so that each is loaded for several products. What lies below the diagonal
-// in a vector that starts there is carried along and never used.
+// The upper triangle lies in rows (m, stride), stride whole vectors; what lies below the diagonal
+// in a vector that starts there is carried along and never used. Place m of a row holds its
+// right-hand side, which elimination takes along like any other column. The pivots of a panel wait
+// for one another, divisions and all: they are found as soon as their own rows are ready, before
+// the last panel is taken from the rows below, which fills the waiting time. Beyond the last row
+// lie zeros, so that the last panel is whole.
 #pragma once
 
 #include <algorithm>
@@ -13,142 +16,165 @@
 
 namespace dashpot::transport {
 
-template <class T>
-struct SolveCholesky {
-  static constexpr int kTogether = 4;  // pivots
-  template <Isa isa>
-  static constexpr int kRows = isa == Isa::kAvx512 ? 4 : 2;  // that take them at once
+inline constexpr int kPanel = 4;  // pivots taken at once
 
-  // h (m, stride) is factored; y (stride,): the right-hand side, used up; x (stride,): 0, then the
-  // solution; z, inverse (stride,), share (kTogether, stride): room. ok: whether every pivot is
-  // positive.
+template <class T>
+class SolveCholesky {
+ public:
   template <Isa isa>
-  static DASHPOT_INLINE void run(T* h, int64_t m, int64_t stride, T* y, T* x, T* z, T* inverse,
-                                 T* share, bool* ok) {
-    constexpr int kWidth = kLanes<T, isa>;
-    using V = Vec<T, isa>;
-    *ok = false;
-    for (int64_t k = 0; k < m; k += kTogether) {
-      const int64_t last = std::min<int64_t>(m, k + kTogether);
-      for (int64_t p = k; p < last; ++p) {
-        const T* const pivots = h + p * stride;
-        if (!(pivots[p] > 0)) return;
-        inverse[p] = 1 / pivots[p];
-        for (int64_t i = p + 1; i < last; ++i) {
-          subtract<isa>(h + i * stride, pivots[i] * inverse[p], pivots, i, stride);
-        }
-      }
-      if (last - k < kTogether) break;
-      for (int p = 0; p < kTogether; ++p) {
-        for (int64_t l = last / kWidth * kWidth; l < stride; l += kWidth) {
-          store<T, isa>(share + p * stride + l,
-                        load<T, isa>(h + (k + p) * stride + l) * inverse[k + p]);
-        }
-      }
-      int64_t i = last;
-      for (; i + kRows<isa> <= m; i += kRows<isa>) {
-        eliminate<isa, kRows<isa>>(h, i, k, stride, share);
-      }
-      for (; i < m; ++i) eliminate<isa, 1>(h, i, k, stride, share);
+  static constexpr int kRows = isa == Isa::kAvx512 ? 4 : 2;  // that take a panel at once
+
+  // h (m, stride) is factored; x (stride,): the solution; inverse (stride,), sums (stride, kPanel),
+  // shares (2, kPanel, stride): room. ok: whether every pivot is positive.
+  template <Isa isa>
+  static DASHPOT_INLINE void run(T* h, int64_t m, int64_t stride, T* x, T* inverse, T* sums,
+                                 T* shares, bool* ok) {
+    T* share = shares;
+    T* next_share = shares + kPanel * stride;
+    *ok = factor<isa>(h, 0, m, stride, inverse, share);
+    for (int64_t k = 0; *ok && k + kPanel < m; k += kPanel) {
+      const int64_t next = k + kPanel;
+      eliminate<isa>(h, next, next + kPanel, k, stride, share);
+      *ok = factor<isa>(h, next, m, stride, inverse, next_share);
+      eliminate<isa>(h, next + kPanel, m, k, stride, share);
+      std::swap(share, next_share);
     }
-    for (int64_t k = 0; k < m; k += kTogether) {  // U^T D z = y
-      const int64_t last = std::min<int64_t>(m, k + kTogether);
-      for (int64_t p = k; p < last; ++p) {
-        T value = y[p];
-        for (int64_t q = k; q < p; ++q) value -= h[q * stride + p] * z[q];
-        z[p] = value * inverse[p];
-      }
-      for (int64_t l = last / kWidth * kWidth; l < stride; l += kWidth) {
-        V value = load<T, isa>(y + l);
-        for (int64_t p = k; p < last; ++p) value -= z[p] * load<T, isa>(h + p * stride + l);
-        store<T, isa>(y + l, value);
-      }
-    }
-    for (int64_t k = (m - 1) / kTogether * kTogether; k >= 0; k -= kTogether) {
-      const int64_t last = std::min<int64_t>(m, k + kTogether);
-      V sums[kTogether] = {};  // over places from `last` on: x is 0 before
-      for (int64_t l = last / kWidth * kWidth; l < stride; l += kWidth) {
-        const V known = load<T, isa>(x + l);
-        for (int64_t p = k; p < last; ++p) {
-          sums[p - k] += known * load<T, isa>(h + p * stride + l);
-        }
-      }
-      for (int64_t p = last - 1; p >= k; --p) {
-        T sum = static_cast<T>(sum_lanes<T, isa>(sums[p - k]));
-        for (int64_t q = p + 1; q < last; ++q) sum += h[p * stride + q] * x[q];
-        x[p] = z[p] - inverse[p] * sum;
-      }
-    }
-    *ok = true;
+    if (*ok) substitute(h, m, stride, inverse, sums, x);
   }
 
-  // Rows [i, i + R) less their multiples of the pivots' rows [k, k + kTogether); share (kTogether,
-  // stride): those rows over their pivots.
-  template <Isa isa, int R>
-  static DASHPOT_INLINE void eliminate(T* h, int64_t i, int64_t k, int64_t stride, const T* share) {
+  // The panel of rows [k, k + kPanel) among itself; share (kPanel, stride): its rows over their
+  // pivots.
+  template <Isa isa>
+  static DASHPOT_INLINE bool factor(T* h, int64_t k, int64_t m, int64_t stride, T* inverse,
+                                    T* share) {
     constexpr int kWidth = kLanes<T, isa>;
+    using V = Vec<T, isa>;
+    T* const rows = h + k * stride;
+    T block[kPanel][kPanel], factors[kPanel][kPanel], over[kPanel];
+    bool positive = true;
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanel; ++p) {
+#pragma GCC unroll 4
+      for (int q = p; q < kPanel; ++q) {
+        block[p][q] = k + q < m ? rows[p * stride + k + q] : p == q ? T(1) : T(0);
+      }
+    }
+#pragma GCC unroll 4
+    for (int p = 0; p < kPanel; ++p) {
+      positive &= block[p][p] > 0;
+      over[p] = 1 / block[p][p];
+#pragma GCC unroll 4
+      for (int i = p + 1; i < kPanel; ++i) {
+        factors[i][p] = block[p][i] * over[p];
+#pragma GCC unroll 4
+        for (int q = i; q < kPanel; ++q) block[i][q] -= factors[i][p] * block[p][q];
+      }
+    }
+    if (!positive) return false;
+    for (int p = 0; p < kPanel; ++p) inverse[k + p] = over[p];
+    for (int64_t l = k / kWidth * kWidth; l < stride; l += kWidth) {
+      V row[kPanel];
+#pragma GCC unroll 4
+      for (int p = 0; p < kPanel; ++p) {
+        row[p] = load<T, isa>(rows + p * stride + l);
+#pragma GCC unroll 4
+        for (int q = 0; q < p; ++q) row[p] -= factors[p][q] * row[q];
+        if (p > 0) store<T, isa>(rows + p * stride + l, row[p]);
+        store<T, isa>(share + p * stride + l, row[p] * over[p]);
+      }
+    }
+    return true;
+  }
+
+  // Rows [first, last) less their multiples of the panel of rows [k, k + kPanel).
+  template <Isa isa>
+  static DASHPOT_INLINE void eliminate(T* h, int64_t first, int64_t last, int64_t k, int64_t stride,
+                                       const T* share) {
+    constexpr int kWidth = kLanes<T, isa>, R = kRows<isa>;
     using V = Vec<T, isa>;
     const T* const pivots = h + k * stride;
-    T* const rows = h + i * stride;
-    T factor[R][kTogether];
-    for (int r = 0; r < R; ++r) {
-      for (int p = 0; p < kTogether; ++p) {
-        factor[r][p] = share[p * stride + i + r];
+    for (int64_t i = first; i < last; i += R) {
+      T* const rows = h + i * stride;
+      T factor[R][kPanel];
+      for (int r = 0; r < R; ++r) {
+        for (int p = 0; p < kPanel; ++p) factor[r][p] = share[p * stride + i + r];
       }
-    }
-    for (int64_t l = i / kWidth * kWidth; l < stride; l += kWidth) {
-      V value[R];
-      for (int r = 0; r < R; ++r) value[r] = load<T, isa>(rows + r * stride + l);
-      for (int p = 0; p < kTogether; ++p) {
-        const V pivot = load<T, isa>(pivots + p * stride + l);
-        for (int r = 0; r < R; ++r) value[r] -= factor[r][p] * pivot;
+      for (int64_t l = i / kWidth * kWidth; l < stride; l += kWidth) {
+        V value[R];
+        for (int r = 0; r < R; ++r) value[r] = load<T, isa>(rows + r * stride + l);
+        for (int p = 0; p < kPanel; ++p) {
+          const V pivot = load<T, isa>(pivots + p * stride + l);
+          for (int r = 0; r < R; ++r) value[r] -= factor[r][p] * pivot;
+        }
+        for (int r = 0; r < R; ++r) store<T, isa>(rows + r * stride + l, value[r]);
       }
-      for (int r = 0; r < R; ++r) store<T, isa>(rows + r * stride + l, value[r]);
     }
   }
 
-  // to -= factor * row from place `first` on (its vector's beginning).
-  template <Isa isa>
-  static DASHPOT_INLINE void subtract(T* to, T factor, const T* row, int64_t first,
-                                      int64_t stride) {
-    constexpr int kWidth = kLanes<T, isa>;
-    for (int64_t l = first / kWidth * kWidth; l < stride; l += kWidth) {
-      store<T, isa>(to + l, load<T, isa>(to + l) - factor * load<T, isa>(row + l));
+  // x of U x = D^-1 y, from the last panel to the first. What a panel's solution takes from the
+  // rows above is added up in kPanel lanes each, sums (m, kPanel), those of the next panel first:
+  // dot products with all of x would read what has only just been written.
+  static DASHPOT_INLINE void substitute(const T* h, int64_t m, int64_t stride, const T* inverse,
+                                        T* sums, T* x) {
+    const int64_t last = (m - 1) / kPanel * kPanel;
+    for (int64_t i = 0; i < last + kPanel; ++i) {
+      put(sums + i * kPanel, i < m ? Panel{-h[i * stride + m]} : Panel{});
+    }
+    for (int64_t k = last; k >= 0; k -= kPanel) {
+      const T* const rows = h + k * stride;
+      Panel own = {};
+#pragma GCC unroll 4
+      for (int p = kPanel - 1; p >= 0; --p) {
+        const Panel lanes = get(sums + (k + p) * kPanel);
+        T sum = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+#pragma GCC unroll 4
+        for (int q = kPanel - 1; q > p; --q) sum += rows[p * stride + k + q] * own[q];
+        own[p] = k + p < m ? -inverse[k + p] * sum : T(0);
+      }
+      put(x + k, own);
+      for (int64_t i = k - 1; i >= 0; --i) {
+        T* const to = sums + i * kPanel;
+        put(to, get(to) + own * get(h + i * stride + k));
+      }
     }
   }
+
+ private:
+  typedef T Panel __attribute__((vector_size(kPanel * sizeof(T))));
+  static DASHPOT_INLINE Panel get(const T* from) {
+    Panel panel;
+    __builtin_memcpy(&panel, from, sizeof panel);
+    return panel;
+  }
+  static DASHPOT_INLINE void put(T* to, Panel panel) { __builtin_memcpy(to, &panel, sizeof panel); }
 };
 
 template <class T>
 class Cholesky {
  public:
-  // A matrix (m, m) of zeros, whose upper triangle is to be filled in: entry (i, l) at
-  // i * stride() + l.
-  T* empty(int64_t m) {
+  // Room for a matrix (m, m) and its right-hand side in place m of each row, to be written from the
+  // row's own vector to the stride.
+  T* room(int64_t m) {
     m_ = m;
-    stride_ = (m + kMost - 1) / kMost * kMost;
+    stride_ = (m + kMost) / kMost * kMost;
     h_.resize((m + kRoom) * stride_);
-    std::fill_n(h_.data(), (m + kZeros) * stride_, T(0));
+    std::fill_n(h_.data() + m * stride_, kPanel * stride_, T(0));
     return h_.data();
   }
   int64_t stride() const { return stride_; }
-  T* rhs() { return h_.data() + m_ * stride_; }  // (stride,) zeros, to be filled in
-  T* room() { return rhs() + 2 * stride_; }      // (stride,) zeros, to be left so
 
-  // The solution (m,), or null where the matrix is not positive definite.
+  // The solution, or null where the matrix is not positive definite.
   const T* solve() {
-    T* const y = rhs();
-    T* const x = y + stride_;
-    T* const rest = y + kZeros * stride_;
+    T* const x = h_.data() + (m_ + kPanel) * stride_;
     bool ok;
-    run_on_isa<SolveCholesky<T>>(h_.data(), m_, stride_, y, x, rest, rest + stride_,
-                                 rest + 2 * stride_, &ok);
+    run_on_isa<SolveCholesky<T>>(h_.data(), m_, stride_, x, x + stride_, x + 2 * stride_,
+                                 x + (2 + kPanel) * stride_, &ok);
     return ok ? x : nullptr;
   }
 
  private:
   static constexpr int64_t kMost = 64 / sizeof(T);  // lanes of any instruction set
-  static constexpr int64_t kZeros = 3;              // rows beyond the matrix, in all kRoom
-  static constexpr int64_t kRoom = kZeros + 2 + SolveCholesky<T>::kTogether;
+  static constexpr int64_t kRoom = 2 + 4 * kPanel;  // rows beyond the matrix
   int64_t m_ = 0, stride_ = 0;
   AlignedVector<T> h_;
 };

@@ -21,11 +21,14 @@
 
 namespace dashpot::transport {
 
-inline constexpr int kTrialsOfNewton = 12;     // step lengths of a line search, by quarters
-inline constexpr double kNear = 0.3;           // marginal error from which gamma goes on falling
-inline constexpr double kPredictor = 5e-3;     // its damping, of the largest row of W
-inline constexpr double kFirstDamping = 3e-2;  // of the corrector, per error
+inline constexpr int kTrialsOfNewton = 12;    // step lengths of a line search, by quarters
+inline constexpr double kNear = 0.3;          // marginal error from which gamma goes on falling
+inline constexpr double kPredictor = 5e-3;    // its damping, of the largest row of W
+inline constexpr double kFirstDamping = 0.1;  // of the corrector, per error: at the start,
+inline constexpr double kThenDamping = 3e-2;  // and after a predictor
 inline constexpr double kLeastDamping = 1e-2;
+// Its floor, of the largest row: parts of the graph whose masses differ by rounding stay in place.
+inline constexpr double kFloor = 1e-8;
 inline constexpr int kPatience = 30;  // steps at the last gamma in which the error falls by a tenth
 
 // d (m,) of (H + delta) d = rhs to `reach` of |rhs|, by conjugate gradients; room (4 m + n,).
@@ -96,7 +99,8 @@ DASHPOT_HD_APART void newton_direction(Vectors& vectors, Function& function, dou
 
 // function: minus the l2 dual (see lbfgs.h), and
 //   soften(gamma)            the regulariser's strength from here on
-//   spread()                 largest less smallest admissible cost
+//   spread(least)            largest less smallest admissible cost; least (m,): of each row the
+//                            smallest, 0 where it has none
 //   eliminate(x)             beta of x = (alpha, beta): the semi-dual's at alpha
 //   hold()                   W from here on that of the last evaluation
 //   row(i), column(j)        W 1, W^T 1
@@ -122,10 +126,12 @@ DASHPOT_HD_APART Progress newton(Vectors& vectors, Function& function, double* r
     f = function(x, g);
     far = function.error(g) > 0.1;
   };
-  if (vectors.max(m, [&](int64_t i) { return fabs(x[i]); }) > 0) begin();
+  const bool cold = !(vectors.max(m, [&](int64_t i) { return fabs(x[i]); }) > 0);
+  if (!cold) begin();
   const double total = vectors.sum(m, [&](int64_t i) { return function.a(i); });
   if (far) {  // not a start to go on from: begin where W holds a few entries per row
-    const double wide = function.spread() / 2048 * static_cast<double>(m * n);
+    const double wide = function.spread(rest) / 2048 * static_cast<double>(m * n);
+    if (cold) vectors.copy(rest, m, x);  // every row has a pair that costs it nothing more
     if (total > 0) gamma = fmax(gamma, wide / total);
     begin();
   }
@@ -148,11 +154,11 @@ DASHPOT_HD_APART Progress newton(Vectors& vectors, Function& function, double* r
       vectors.add_scaled(x, x, 1, d, size);
       function.soften(gamma = next);
       f = function(x, g);
-      damping = kFirstDamping;
+      damping = kThenDamping;
       stuck = false;
       continue;
     }
-    newton_direction(vectors, function, gamma, gamma, damping * fmin(error, 1.0) + 1e-12,
+    newton_direction(vectors, function, gamma, gamma, damping * fmin(error, 1.0) + kFloor,
                      fmin(1e-3, error), !last, g, m, n, rest, d);
     const double slope = vectors.dot(g, d, size), noise = function.noise * fabs(f);
     double t = 1, f_next = f;

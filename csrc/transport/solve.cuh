@@ -120,12 +120,17 @@ class BlockFunction {
 
   // What Newton's method asks of the l2 dual, see newton.h.
   __device__ void soften(double gamma) { options_.gamma = gamma; }
-  __device__ double spread() const {
+  __device__ double spread(double* least) const {
     Pair<double> ends{-INFINITY, -INFINITY};  // minus the smallest, the largest
-    vectors_.each(options_.m * options_.n, [&](int64_t e) {
-      const double cost = device_cast<T>(problem_.cost[e]);
-      ends.first = Max{}(ends.first, -cost);
-      ends.second = Max{}(ends.second, cost < INFINITY ? cost : -INFINITY);
+    vectors_.each(options_.m, [&](int64_t i) {
+      double lowest = INFINITY;
+      for (int64_t j = 0; j < options_.n; ++j) {
+        const double cost = device_cast<T>(problem_.cost[i * problem_.row + j * problem_.column]);
+        lowest = fmin(lowest, cost);
+        ends.second = Max{}(ends.second, cost < INFINITY ? cost : -INFINITY);
+      }
+      ends.first = Max{}(ends.first, -lowest);
+      least[i] = lowest < INFINITY ? lowest : 0.0;
     });
     ends = vectors_.team.all(ends, Max{});
     return ends.first + ends.second > 0 ? ends.first + ends.second : 0.0;

@@ -45,30 +45,35 @@ struct Magnitudes {
   }
 };
 
-// [low, high] widened to the numbers of a line, but for +inf.
+// [low, high] widened to the numbers of a line, and least (length,) lowered to them where it is not
+// null; but for +inf.
 template <class T, class E>
 struct Widen {
   template <Isa isa>
-  static DASHPOT_INLINE void run(const E* line, int64_t length, T* low, T* high) {
+  static DASHPOT_INLINE void run(const E* line, int64_t length, T* low, T* high, T* least) {
     constexpr int kWidth = kLanes<T, isa>;
     constexpr T kInfinity = std::numeric_limits<T>::infinity();
     const Vec<T, isa> infinity = Vec<T, isa>{} + kInfinity;
-    Vec<T, isa> least = infinity, most = -infinity;
+    Vec<T, isa> lowest = infinity, most = -infinity;
     int64_t c = 0;
     for (; c + kWidth <= length; c += kWidth) {
       const Vec<T, isa> cost = load_as<T, isa>(line + c);
       const Vec<T, isa> finite = cost < infinity ? cost : -infinity;
-      least = cost < least ? cost : least;
+      lowest = cost < lowest ? cost : lowest;
       most = finite > most ? finite : most;
+      if (least == nullptr) continue;
+      const Vec<T, isa> before = load<T, isa>(least + c);
+      store<T, isa>(least + c, cost < before ? cost : before);
     }
     for (int lane = 0; lane < kWidth; ++lane) {
-      *low = std::min<T>(*low, least[lane]);
+      *low = std::min<T>(*low, lowest[lane]);
       *high = std::max<T>(*high, most[lane]);
     }
     for (; c < length; ++c) {
       const T cost = convert<T>(line[c]);
       *low = std::min(*low, cost);
       if (cost < kInfinity) *high = std::max(*high, cost);
+      if (least) least[c] = std::min(least[c], cost);
     }
   }
 };
@@ -110,14 +115,24 @@ class Negated {
 
   // What Newton's method asks of the l2 dual, see newton.h.
   void soften(double gamma) { options_.gamma = gamma; }
-  double spread() const {
-    const bool by_rows = cost_.lines_are_rows();
-    const int64_t lines = by_rows ? options_.m : options_.n;
-    const int64_t length = by_rows ? options_.n : options_.m;
-    T low = std::numeric_limits<T>::infinity(), high = -low;
-    for (int64_t l = 0; l < lines; ++l) {
-      run_on_isa<Widen<T, typename Cost<C>::Entry>>(cost_.line(l, length), length, &low, &high);
+  double spread(double* least) const {
+    using Entry = typename Cost<C>::Entry;
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    const int64_t m = options_.m, n = options_.n;
+    T low = kInfinity, high = -kInfinity;
+    AlignedVector<T> rows(m, kInfinity);
+    if (cost_.lines_are_rows()) {
+      for (int64_t i = 0; i < m; ++i) {
+        run_on_isa<Widen<T, Entry>>(cost_.line(i, n), n, rows.data() + i, &high,
+                                    static_cast<T*>(nullptr));
+        low = std::min(low, rows[i]);
+      }
+    } else {
+      for (int64_t j = 0; j < n; ++j) {
+        run_on_isa<Widen<T, Entry>>(cost_.line(j, m), m, &low, &high, rows.data());
+      }
     }
+    for (int64_t i = 0; i < m; ++i) least[i] = rows[i] < kInfinity ? rows[i] : T(0);
     return high >= low ? high - low : 0;
   }
   void eliminate(double* x) {

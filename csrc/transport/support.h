@@ -41,8 +41,20 @@ class Places {
   int64_t size_ = 0, room_ = 0;
 };
 
-// Of each line l in [first, last) the places c where own_l + other_c - C_lc > 0, to `to`, and where
-// they end; there is room for kWord places more than there are.
+// Bit 8 a + b of the result: bit 8 b + a of the word.
+inline uint64_t transposed(uint64_t word) {
+  const auto exchange = [&](uint64_t mask, int shift) {
+    const uint64_t moved = (word ^ word >> shift) & mask;
+    word ^= moved ^ moved << shift;
+  };
+  exchange(0x00aa00aa00aa00aau, 7);
+  exchange(0x0000cccc0000ccccu, 14);
+  exchange(0x00000000f0f0f0f0u, 28);
+  return word;
+}
+
+// Of each line l in [first, last) the places c where own_l + other_c - C_lc > 0, ascending, to
+// `to`, and where they end; there is room for kAtOnce places more than there are.
 template <class T, class C>
 struct ListLines {
   static constexpr int kWord = 64, kAtOnce = 4;
@@ -53,7 +65,10 @@ struct ListLines {
       const auto* const line = cost->line(l, length);
       int64_t begin = 0;
       for (; begin + kWord <= length; begin += kWord) {
-        to = write(to, begin, compare<isa>(own[l], other + begin, line + begin));
+        const auto score = [&](int c) __attribute__((always_inline)) {
+          return own[l] + load<T, isa>(other + begin + c) - load_as<T, isa>(line + begin + c);
+        };
+        to = write(to, begin, positive<isa>(score));
       }
       if (begin < length) {
         T rest[kWord];
@@ -61,47 +76,49 @@ struct ListLines {
         for (int64_t c = begin; c < length; ++c) {
           rest[c - begin] = own[l] + other[c] - convert<T>(line[c]);
         }
-        to = write(to, begin, compare<isa>(rest));
+        const auto score = [&](int c)
+                               __attribute__((always_inline)) { return load<T, isa>(rest + c); };
+        to = write(to, begin, positive<isa>(score));
       }
       *ends++ = to;
     }
   }
 
-  // A bit for each of kWord places.
-  template <Isa isa, class... Score>
-  static DASHPOT_INLINE uint64_t compare(Score... score) {
+  // A bit for each of kWord scores, score(c) a vector from place c on. GCC has no good way from a
+  // mask to bits: a lane gathers those of all vectors, which stand across the word's bytes.
+  template <Isa isa, class Score>
+  static DASHPOT_INLINE uint64_t positive(const Score& score) {
     constexpr int kWidth = kLanes<T, isa>;
-    typedef int8_t Bytes __attribute__((vector_size(kWidth)));
-    int8_t chosen[kWord];  // -1 where it is
-    for (int c = 0; c < kWord; c += kWidth) {
-      const Bytes here = __builtin_convertvector(at<isa>(c, score...) > Vec<T, isa>{}, Bytes);
-      std::memcpy(chosen + c, &here, sizeof here);
+    constexpr int kParts = kWidth < 8 ? 8 / kWidth : 1, kGroups = kWidth > 8 ? kWidth / 8 : 1;
+    using Ints = Vec<IntOf<T>, isa>;
+    typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
+    Ints bits[kParts] = {};
+    for (int v = 0; v < kWord / kWidth; ++v) {
+      const Ints bit = Ints{} + (1 << (v / kParts * kGroups));
+      bits[v % kParts] |= score(v * kWidth) > Vec<T, isa>{} ? bit : Ints{};
     }
-    uint64_t mask = 0;
-    for (int w = 0; w < 8; ++w) {
-      uint64_t bytes;
-      std::memcpy(&bytes, chosen + 8 * w, 8);
-      mask |= (bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56 << 8 * w;
+    uint8_t bytes[8 * kGroups];  // a lane each
+    for (int p = 0; p < kParts; ++p) {
+      const Bytes part = __builtin_convertvector(bits[p], Bytes);
+      std::memcpy(bytes + p * kWidth, &part, sizeof part);
     }
-    return mask;
-  }
-  template <Isa isa>
-  static DASHPOT_INLINE Vec<T, isa> at(int c, const T* score) {
-    return load<T, isa>(score + c);
-  }
-  template <Isa isa, class E>
-  static DASHPOT_INLINE Vec<T, isa> at(int c, T own, const T* other, const E* cost) {
-    return own + load<T, isa>(other + c) - load_as<T, isa>(cost + c);
+    uint64_t word = 0;
+    for (int g = 0; g < kGroups; ++g) {
+      uint64_t lanes;
+      std::memcpy(&lanes, bytes + 8 * g, 8);
+      word |= lanes << g;
+    }
+    return transposed(word);
   }
 
   // A few places are written whether they are there or not: no branch to foretell.
-  static DASHPOT_INLINE int32_t* write(int32_t* to, int64_t begin, uint64_t mask) {
-    const int count = __builtin_popcountll(mask);
-    for (int q = 0; q < kAtOnce; ++q, mask &= mask - 1) {
-      to[q] = static_cast<int32_t>(begin) + __builtin_ctzll(mask | uint64_t{1} << 63);
+  static DASHPOT_INLINE int32_t* write(int32_t* to, int64_t begin, uint64_t word) {
+    const int count = __builtin_popcountll(word);
+    for (int q = 0; q < kAtOnce; ++q, word &= word - 1) {
+      to[q] = static_cast<int32_t>(begin) + __builtin_ctzll(word | uint64_t{1} << 63);
     }
-    for (int q = kAtOnce; q < count; ++q, mask &= mask - 1) {
-      to[q] = static_cast<int32_t>(begin) + __builtin_ctzll(mask);
+    for (int q = kAtOnce; q < count; ++q, word &= word - 1) {
+      to[q] = static_cast<int32_t>(begin) + __builtin_ctzll(word);
     }
     return to + count;
   }
@@ -128,7 +145,7 @@ class Support {
           std::max<int64_t>(1, kRoom / length);  // few: room is made for all of them
       for (int64_t l = item * kChunk; l < last; l += step) {
         const int64_t to = std::min(last, l + step);
-        chunk.places.reserve((to - l) * length + ListLines<T, C>::kWord);
+        chunk.places.reserve((to - l) * length + ListLines<T, C>::kAtOnce);
         int32_t* ends[kChunk];
         run_on_isa<ListLines<T, C>>(&cost, own, other, l, to, length, chunk.places.end(),
                                     static_cast<int32_t**>(ends));
@@ -167,13 +184,9 @@ class Support {
   // d (m + n,) = (p, q) becomes the step of bipartite.h, or is spoiled: false. rough: float32 will
   // do.
   bool solve(double delta, bool rough, double* d) {
-    const auto each = [&](const auto& visit) {
-      each_line([&](int64_t l, const int32_t* place, const int32_t* end) {
-        for (; place < end; ++place) by_rows_ ? visit(l, *place) : visit(*place, l);
-      });
-    };
-    return rough ? system_.template solve<float>(m_, n_, edges_, each, delta, d)
-                 : system_.template solve<double>(m_, n_, edges_, each, delta, d);
+    const auto each = [&](const auto& visit) { each_line(visit); };
+    return rough ? system_.template solve<float>(m_, n_, edges_, by_rows_, each, delta, d)
+                 : system_.template solve<double>(m_, n_, edges_, by_rows_, each, delta, d);
   }
 
  private:

@@ -8,6 +8,7 @@ import dashpot
 import numpy as np
 import pytest
 import torch
+from dashpot import _C
 from dashpot import functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -190,6 +191,29 @@ def test_newton_of_every_shape(m, n, dtype):
             same = F.regularized_ot(points(m, n), a, b, tol=1e-9, **options)
         rounding = 1e-9 if dtype == D else 1e-5
         assert out.value.item() == pytest.approx(same.value.item(), rel=rounding)
+
+
+@pytest.mark.parametrize("size", [3, 4, 5, 15, 16, 17, 31, 32, 63, 64, 65, 128])
+def test_dense_systems_of_every_instruction_set(size):
+    """A large gamma, every pair in the plan: all rows in the dense system, of sizes at the ends of
+    vectors and panels. At a small one lists of every length, from words that are not whole."""
+    best = ("baseline", "avx2", "avx512").index(_C.cpu_isa())
+    cost = points(size, size + 3)
+    for gamma in (2e4, 0.5):
+        options = {"reg": "l2", "solver": "newton", "gamma": gamma, "max_iter": 300, "tol": 1e-11}
+        with dashpot.backend("reference"):
+            want = F.regularized_ot(cost, **options)
+        try:
+            for instructions in ("baseline", "avx2", "avx512")[: best + 1]:
+                _C.set_cpu_isa(instructions)
+                out = F.regularized_ot(cost, **options)
+                turned = F.regularized_ot(cost.T.contiguous(), sparse_dim=-1, **options)
+                assert out.status.item() == 0 and out.row_error[0].item() < 1e-11
+                assert out.value.item() == pytest.approx(want.value.item(), rel=1e-11)
+                assert out.n_iter.item() < 100  # wrong steps are damped: hundreds
+                assert torch.equal(out.alpha, turned.beta) and torch.equal(out.beta, turned.alpha)
+        finally:
+            _C.set_cpu_isa(None)
 
 
 def test_newton_of_no_mass():

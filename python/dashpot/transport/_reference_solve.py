@@ -173,9 +173,10 @@ def lbfgs(
 
 
 # As in csrc/transport/newton.h: the error from which gamma goes on falling, the predictor's
-# damping, the corrector's first and least one, step lengths of a line search, steps at the last
-# gamma in which the error falls by a tenth.
-NEAR, PREDICTOR, FIRST_DAMPING, LEAST_DAMPING, TRIALS, PATIENCE = 0.3, 5e-3, 3e-2, 1e-2, 12, 30
+# damping, the corrector's at the start, after a predictor, at least, and its floor; step lengths of
+# a line search, steps at the last gamma in which the error falls by a tenth.
+NEAR, PREDICTOR, FIRST_DAMPING, THEN_DAMPING, LEAST_DAMPING = 0.3, 5e-3, 0.1, 3e-2, 1e-2
+FLOOR, TRIALS, PATIENCE = 1e-8, 12, 30
 
 
 def newton(
@@ -183,10 +184,12 @@ def newton(
     eliminate: Callable[[Tensor, Tensor], Tensor],
     direction: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor],
     error: Callable[[Tensor], Tensor],
-    alpha: Tensor, gamma: float, wide: Tensor, noise: float, max_iter: int, tol: float,
+    alpha: Tensor, least: Tensor, gamma: float, wide: Tensor, noise: float, max_iter: int,
+    tol: float,
 ) -> Progress:  # fmt: skip
     """Semismooth Newton for the l2 dual along the regulariser's strength (B,), which falls to gamma
-    by halves, from `wide` (B,) where alpha (B, m) is no start to go on from.
+    by halves, from `wide` (B,) where alpha (B, m) is no start to go on from. Zeros are none: then
+    alpha is `least` (B, m), each row's smallest cost.
 
     eliminate(alpha, strength) -> x (B, m + n), with the semi-dual's beta; evaluate(x, strength) ->
     f (B,), g (B, m + n); direction(x, g, strength, next, damping) -> d (B, m + n), Newton's step at
@@ -197,7 +200,8 @@ def newton(
     strength = torch.full_like(wide, gamma)
     x = eliminate(alpha, strength)
     f, g = evaluate(x, strength)
-    far = (error(g) > 0.1) | (alpha == 0).all(1)
+    cold = (alpha == 0).all(1)
+    far, alpha = (error(g) > 0.1) | cold, torch.where(cold[:, None], least, alpha)
     strength = torch.where(far, wide.clamp(min=gamma), strength)
     x = torch.where(far[:, None], eliminate(alpha, strength), x)
     f, g = evaluate(x, strength)
@@ -227,7 +231,7 @@ def newton(
             ahead = torch.where(turn, ~last & ((here <= NEAR) | stuck), ahead)
             onward = turn & ahead
             aim = torch.where(onward, (strength / 2).clamp(min=gamma), strength)
-            delta = torch.where(onward, PREDICTOR, damping * here.clamp(max=1) + 1e-12)
+            delta = torch.where(onward, PREDICTOR, damping * here.clamp(max=1) + FLOOR)
             d = torch.where(turn[:, None], direction(x, g, strength, aim, delta), d)
             strength, slope = aim, torch.where(turn, (g * d).sum(1), slope)
             t, trials = torch.where(turn, 1, t), torch.where(turn, 0, trials)
@@ -243,7 +247,7 @@ def newton(
         f = torch.where(take, f_next, f)
         grown = torch.where(trials == 0, 0.25, torch.where(trials < 3, 4**trials, 64.0))
         grown = (damping * grown).clamp(LEAST_DAMPING, 1e3)
-        damping = torch.where(take, torch.where(ahead, FIRST_DAMPING, grown), damping)
+        damping = torch.where(take, torch.where(ahead, THEN_DAMPING, grown), damping)
         failed = going & ~take & (trials >= TRIALS - 1)
         status = torch.where(failed & last, STALLED, status)
         stuck = failed

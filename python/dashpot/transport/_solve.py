@@ -140,15 +140,18 @@ class _Problem:
 
     def newton(self, alpha, max_iter, tol):
         ends = [
-            (torch.where(c.isfinite(), c, -torch.inf).amax((1, 2)), c.amin((1, 2)))
+            (torch.where(c.isfinite(), c, -torch.inf).amax((1, 2)), c.amin(2))
             for _, c in self.columns()
         ]
-        high, low = (torch.stack(end) for end in zip(*ends, strict=True))  # (chunks, B)
-        spread = (high.amax(0) - low.amin(0)).clamp(min=0)  # (B,)
+        # (chunks, B) and (chunks, B, m)
+        high, low = (torch.stack(end) for end in zip(*ends, strict=True))
+        low = low.amin(0)  # (B, m)
+        spread = (high.amax(0) - low.amin(1)).clamp(min=0)  # (B,)
+        least = torch.where(low.isfinite(), low, 0).to(alpha.dtype)
         wide = spread / 2048 * self.m * self.b.shape[1] / self.mass
         wide = torch.where(self.a.sum(1) > 0, wide, 0)
         run = solvers.newton(
-            self.negated_l2, self.eliminate_l2, self.newton_direction, self.error, alpha,
+            self.negated_l2, self.eliminate_l2, self.newton_direction, self.error, alpha, least,
             self.gamma, wide, self.noise, max_iter, tol,
         )  # fmt: skip
         alpha = run.x[:, : self.m]
