@@ -122,12 +122,47 @@ class Bipartite {
     }
   }
 
-  // The nodes of two edges and more. Columns that are gone have line 0: rows take it in vain, and
-  // no branch is needed.
+  // The nodes of two edges and more.
   template <class T, class EachLine>
   bool solve_core(int64_t m, int64_t n, const std::vector<Edges>& edges, bool by_rows,
                   const EachLine& each_line, Core<T>& core, double* d) {
-    auto& [system, all_lines, shares] = core;
+    const int64_t count = number(m, n, edges);
+    if (count == 0) return true;
+    if (count > kDirect) return false;
+    T* const h = core.system.room(count);
+    const int64_t stride = core.system.stride();
+    write_lines(m, n, d, stride, count, core);
+    if (by_rows) {
+      each_line([&](int64_t i, const int32_t* place, const int32_t* end) {
+        if (index_[i] < 0) return;
+        int32_t* to = columns_.data() + starts_[index_[i]];
+        for (; place < end; ++place) *to++ = enter(core, stride, index_[i], line_[*place]);
+      });
+    } else {
+      next_.assign(starts_.begin(), starts_.begin() + count);
+      each_line([&](int64_t j, const int32_t* place, const int32_t* end) {
+        for (; place < end; ++place) {
+          const int64_t r = index_[*place];
+          if (r >= 0) columns_[next_[r]++] = enter(core, stride, r, line_[j]);
+        }
+      });
+    }
+    run_on_isa<SubtractLines<T>>(h, count, stride, static_cast<const T*>(core.lines.data()),
+                                 static_cast<const int32_t*>(columns_.data()),
+                                 static_cast<const int64_t*>(starts_.data()));
+    for (int64_t r = 0; r < count; ++r) {
+      h[r * stride + r] += static_cast<T>(nodes_[rows_[r]].pivot);
+      h[r * stride + count] += static_cast<T>(d[rows_[r]]);
+    }
+    const T* const x = core.system.solve();
+    if (x == nullptr) return false;
+    give_back(m, n, count, x, d);
+    return true;
+  }
+
+  // How many rows remain; they and the columns' lines are numbered. Columns that are gone have line
+  // 0: rows take it in vain, and no branch is needed.
+  int64_t number(int64_t m, int64_t n, const std::vector<Edges>& edges) {
     rows_.resize(m + 1);
     index_.resize(m);
     starts_.resize(m + 1);
@@ -141,58 +176,42 @@ class Bipartite {
       entries += remains ? edges[i].count : 0;
     }
     starts_[count] = entries;
-    if (count == 0) return true;
-    if (count > kDirect) return false;
-    line_.resize(n);
-    int32_t lines = 1;
-    for (int64_t j = 0; j < n; ++j) line_[j] = nodes_[m + j].degree > 0 ? lines++ : 0;
-    T* const h = system.room(count);
-    const int64_t stride = system.stride(), rhs = count;
-    all_lines.resize(lines * stride);
-    T* const line = all_lines.data();
-    std::fill_n(line, lines * stride, T(0));
-    shares.resize(lines);
-    shares[0] = 0;
-    for (int64_t j = 0; j < n; ++j) {
-      if (line_[j] == 0) continue;
-      const T share = static_cast<T>(1 / nodes_[m + j].pivot);
-      shares[line_[j]] = share;
-      line[line_[j] * stride + rhs] = share * static_cast<T>(d[m + j]);
-    }
     columns_.resize(entries + 1);
-    if (by_rows) {
-      each_line([&](int64_t i, const int32_t* place, const int32_t* end) {
-        const int64_t r = index_[i];
-        if (r < 0) return;
-        int32_t* to = columns_.data() + starts_[r];
-        for (; place < end; ++place) {
-          const int32_t own = line_[*place];
-          *to++ = own;
-          line[own * stride + r] = shares[own];
-        }
-      });
-    } else {
-      next_.assign(starts_.begin(), starts_.begin() + count);
-      each_line([&](int64_t j, const int32_t* place, const int32_t* end) {
-        const int32_t own = line_[j];
-        for (; place < end; ++place) {
-          const int64_t r = index_[*place];
-          if (r < 0) continue;
-          columns_[next_[r]++] = own;
-          line[own * stride + r] = shares[own];
-        }
-      });
+    line_.resize(n);
+    count_of_lines_ = 1;
+    for (int64_t j = 0; j < n; ++j) {
+      line_[j] = nodes_[m + j].degree > 0 ? count_of_lines_++ : 0;
     }
-    run_on_isa<SubtractLines<T>>(h, count, stride, static_cast<const T*>(line),
-                                 static_cast<const int32_t*>(columns_.data()),
-                                 static_cast<const int64_t*>(starts_.data()));
-    for (int64_t r = 0; r < count; ++r) {
-      h[r * stride + r] += static_cast<T>(nodes_[rows_[r]].pivot);
-      h[r * stride + rhs] += static_cast<T>(d[rows_[r]]);
+    return count;
+  }
+
+  // Lines of zeros, but for what the right-hand side in place rhs takes of each; their shares.
+  template <class T>
+  void write_lines(int64_t m, int64_t n, const double* d, int64_t stride, int64_t rhs,
+                   Core<T>& core) {
+    core.lines.resize(count_of_lines_ * stride);
+    std::fill_n(core.lines.data(), count_of_lines_ * stride, T(0));
+    core.shares.resize(count_of_lines_);
+    core.shares[0] = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      const int64_t own = line_[j];
+      if (own == 0) continue;
+      core.shares[own] = static_cast<T>(1 / nodes_[m + j].pivot);
+      core.lines[own * stride + rhs] = core.shares[own] * static_cast<T>(d[m + j]);
     }
-    const T* const x = system.solve();
-    if (x == nullptr) return false;
-    sums_.assign(lines, 0);
+  }
+
+  // An entry of W into its column's line.
+  template <class T>
+  static DASHPOT_INLINE int32_t enter(Core<T>& core, int64_t stride, int64_t row, int32_t line) {
+    core.lines[line * stride + row] = core.shares[line];
+    return line;
+  }
+
+  // x (count,) of the rows into d, and what it leaves of the columns.
+  template <class T>
+  void give_back(int64_t m, int64_t n, int64_t count, const T* x, double* d) {
+    sums_.assign(count_of_lines_, 0);
     for (int64_t r = 0; r < count; ++r) {
       d[rows_[r]] = x[r];
       for (int64_t e = starts_[r]; e < starts_[r + 1]; ++e) sums_[columns_[e]] += x[r];
@@ -200,7 +219,6 @@ class Bipartite {
     for (int64_t j = 0; j < n; ++j) {
       if (line_[j] > 0) d[m + j] = (d[m + j] - sums_[line_[j]]) / nodes_[m + j].pivot;
     }
-    return true;
   }
 
   std::vector<Node> nodes_;            // (m + n,)
@@ -208,7 +226,8 @@ class Bipartite {
   int64_t gone_ = 0;                   // and how many
   std::vector<int32_t> rows_, index_;  // the rows that remain; (m,) the place of each, or -1
   std::vector<int32_t> line_;          // (n,) the number of its line
-  std::vector<int32_t> columns_;       // of each row that remains: the lines of its columns
+  int32_t count_of_lines_ = 1;
+  std::vector<int32_t> columns_;  // of each row that remains: the lines of its columns
   std::vector<int64_t> starts_, next_;
   std::vector<double> sums_;
   std::tuple<Core<float>, Core<double>> cores_;
