@@ -196,10 +196,11 @@ def test_newton_of_every_shape(m, n, dtype):
 @pytest.mark.parametrize("size", [3, 4, 5, 15, 16, 17, 31, 32, 63, 64, 65, 128])
 def test_dense_systems_of_every_instruction_set(size):
     """A large gamma, every pair in the plan: all rows in the dense system, of sizes at the ends of
-    vectors and panels. At a small one lists of every length, from words that are not whole."""
+    vectors and panels. At a small one lists of every length, from words that are not whole. A line
+    search makes up for a wrong step, which more steps betray."""
     best = ("baseline", "avx2", "avx512").index(_C.cpu_isa())
     cost = points(size, size + 3)
-    for gamma in (2e4, 0.5):
+    for gamma, steps in ((2e4, 7), (0.5, 100)):
         options = {"reg": "l2", "solver": "newton", "gamma": gamma, "max_iter": 300, "tol": 1e-11}
         with dashpot.backend("reference"):
             want = F.regularized_ot(cost, **options)
@@ -210,7 +211,7 @@ def test_dense_systems_of_every_instruction_set(size):
                 turned = F.regularized_ot(cost.T.contiguous(), sparse_dim=-1, **options)
                 assert out.status.item() == 0 and out.row_error[0].item() < 1e-11
                 assert out.value.item() == pytest.approx(want.value.item(), rel=1e-11)
-                assert out.n_iter.item() < 100  # wrong steps are damped: hundreds
+                assert out.n_iter.item() <= steps
                 assert torch.equal(out.alpha, turned.beta) and torch.equal(out.beta, turned.alpha)
         finally:
             _C.set_cpu_isa(None)
