@@ -240,7 +240,8 @@ def regularized_ot(
         max_iter: steps at most, 500 as in POT.
         tol: marginal error per mass (L1) at which a problem stops, and the distance of `tied`.
         init: alpha, or for the dual (alpha, beta), where to start; None: 0 (the dual: alpha 0 and
-            the semi-dual's beta, for its gradient vanishes at 0).
+            the semi-dual's beta, for its gradient vanishes at 0). Newton takes zeros for no start:
+            it begins at each row's least cost and a larger gamma, which falls.
         smoothing: mu > 0: maximise the dual whose choice of k entries is smoothed by mu, falling
             to it from above; value and plan returned are still those of `formulation`.
         plan: "topk" (`TopKPlan`), "coo" or "csc" (`torch.sparse`; wait for the device), "dense",
