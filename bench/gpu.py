@@ -275,8 +275,10 @@ def run_steps(steps: Sequence[Step], folder: Path, limit: float) -> dict:
     """Run the steps in order, within `limit` seconds together; write and return the report.
 
     A step may take its own limit and what the steps before it left over. If the limits together are
-    longer than `limit`, all are shortened alike.
+    longer than `limit`, all are shortened alike. Ctrl-C, which ends a step, is ignored by a shell's
+    background jobs and by what they start: here it counts again.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder.mkdir(parents=True, exist_ok=True)
     WORK.mkdir(parents=True, exist_ok=True)
     groups = grouped(steps)

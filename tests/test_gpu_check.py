@@ -6,6 +6,7 @@ import concurrent.futures
 import importlib.util
 import json
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,9 @@ gpu = _load()
 def _apart(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "WORK", tmp_path / "work")
     monkeypatch.setattr(gpu, "GRACE", 1.0)
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 def python(code: str) -> list[str]:
@@ -105,7 +109,10 @@ def test_a_step_beyond_its_limit_is_ended_with_all_it_started(tmp_path):
     assert not mark.exists()
 
 
-def test_a_step_beyond_its_limit_may_save_what_it_has(tmp_path):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_step_beyond_its_limit_may_save_what_it_has(tmp_path, handler):
+    """Also in a shell's background job, which ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, handler)
     saved = tmp_path / "work" / "rows.json"
     code = (
         "import time\n"
